@@ -1,0 +1,237 @@
+"""One cell: build the scheduler, the backend and Syne Tune's ``Tuner``, run, record; continue it where it stopped.
+
+A cell that was interrupted is continued by replaying its events into a fresh scheduler (``harness/recorder.py``); trials
+that were running go on from their checkpoints. A cell whose record cannot be continued is set aside and starts again.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from syne_tune import Tuner
+from syne_tune.tuner_callback import TunerCallback
+from syne_tune.tuner_logger import TunerLogger
+
+from backends.local import LocalTrialBackend
+from backends.pool import PoolBackend, RestoredTrial, WorkerPool
+from harness import record
+from harness.instantiate import instantiate
+from harness.ohgw import OHGW
+from harness.record import CellPaths, EventLog
+from harness.recorder import Budget, CellClock, Recorder, ReplayError
+from harness.space import Space
+from harness.sweep import Cell
+
+TRIAL_FUNCTION = "harness.trial.run"
+PREPARE_FUNCTION = "harness.trial.prepare"
+METRIC = "validation_score"
+RESOURCE = "epoch"
+MAX_RESOURCE = "epochs"  # the configuration key that tells a trial its next milestone
+BARREN_LIMIT = 20  # failures in a row without one report: the trial function itself is broken
+
+
+class CellFailed(Exception):
+    """The cell cannot go on: every trial fails. The message holds the last reason."""
+
+
+class _Silent(TunerLogger):
+    """Syne Tune's own screen output is replaced by the harness's progress display."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("print_"):
+            return lambda *args, **kwargs: None
+        return super().__getattribute__(name)
+
+
+def run_cell(
+    cell: Cell,
+    paths: CellPaths,
+    pool: WorkerPool | None,
+    meta: dict[str, Any],
+    on_event: Callable[[Recorder, dict[str, Any]], None] = lambda recorder, event: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Run ``cell`` to its end and return its summary. The caller holds the cell's lock.
+
+    ``pool`` is None for ``backend=local``. Raises CellFailed, or KeyboardInterrupt with everything done so far on disk.
+    """
+    try:
+        events = _earlier_events(paths, cell, meta, warn)
+        return _attempt(cell, paths, pool, meta, events, on_event)
+    except ReplayError as error:
+        aside = record.set_aside(paths)
+        warn(f"{paths.cell.name}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
+        _create(paths, cell, meta)
+        return _attempt(cell, paths, pool, meta, [], on_event)
+
+
+def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
+    run = 1 + sum(event["e"] == "open" for event in events)
+    log = EventLog(paths.events)
+    clock = CellClock(events[-1]["t"] if events else 0.0)
+    backend = _backend(cell, paths, pool, run)
+    recorder = Recorder(
+        _scheduler(cell.config),
+        log,
+        Budget(**cell.config["budget"]),
+        clock,
+        backend.failure,
+        on_event=lambda event: on_event(recorder, event),
+    )
+    backend.on_event = recorder.note
+    try:
+        recorder.replay(events)
+        backend.restore(
+            [
+                RestoredTrial(k, trial.config, trial.results, _paused_if_running(trial.status))
+                for k, trial in sorted(recorder.progress.trials.items())
+            ]
+        )
+        recorder.note({"e": "open", "run": run, "time": meta["time"], "commit": meta["commit"]})
+        why = _tune(cell, paths, backend, recorder)
+        recorder.note({"e": "close", "why": why})
+    except BaseException as error:
+        if not isinstance(error, ReplayError):
+            with contextlib.suppress(OSError):
+                recorder.note({"e": "close", "why": "interrupted"})
+        raise
+    finally:
+        log.close()
+        if pool is None:
+            backend.stop_all()
+    return _finish(cell, paths, why)
+
+
+def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder) -> str:
+    """Run the Tuner until a budget is used up or the scheduler has nothing left; returns which."""
+    with _output_to(paths):
+        tuner = Tuner(
+            trial_backend=backend,
+            scheduler=recorder,
+            stop_criterion=lambda status: bool(recorder.exhausted() or recorder.progress.barren >= BARREN_LIMIT),
+            n_workers=cell.config["n_workers"],
+            sleep_time=0.0 if isinstance(backend, PoolBackend) else 0.05,  # the pool blocks in fetch_status_results
+            max_failures=10**9,  # a failed trial never ends a cell; BARREN_LIMIT does
+            tuner_name=paths.cell.name,
+            suffix_tuner_name=False,
+            save_tuner=False,  # our own append-only record replaces the dill dump and the CSV
+            callbacks=[TunerCallback()],
+            trial_backend_path=str(paths.cell),
+            print_update_interval=1e9,
+            output_logger=_Silent(),
+        )
+        tuner.tuner_path = paths.cell / "syne-tune"
+        tuner.run()
+    if recorder.progress.barren >= BARREN_LIMIT:
+        last = max(k for k, t in recorder.progress.trials.items() if t.status == "Failed")
+        raise CellFailed(f"{BARREN_LIMIT} trials in a row failed without one report; the last one: {backend.failure(last)}")
+    return recorder.exhausted() or recorder.progress.exhausted or "scheduler"
+
+
+def _scheduler(config: dict[str, Any]) -> OHGW:
+    task = config["task"]
+    space = Space.from_spec(task["spaces"][task["space"]])
+    scheduler = instantiate(
+        config["scheduler"],
+        config_space={**space.config_space(), MAX_RESOURCE: task["max_epochs"]},
+        metric=METRIC,
+        mode=task["mode"],
+        resource_attr=RESOURCE,
+        max_resource_attr=MAX_RESOURCE,
+        max_t=task["max_epochs"],
+        seed=config["seed"],
+    )
+    return OHGW(scheduler)
+
+
+def trial_settings(cell: Cell, paths: CellPaths | None = None) -> dict[str, Any]:
+    """What the trial function needs besides the configuration (``ctx.settings``)."""
+    keep = cell.config["save_model"]
+    return {
+        "task": cell.config["task"],
+        "ohgw": cell.config["ohgw"],
+        "max_resource_attr": MAX_RESOURCE,
+        "save_model": keep,
+        "model_dir": str(paths.models) if paths and keep != "none" else None,
+    }
+
+
+def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) -> Any:
+    options = cell.config["backend"]
+    common = {"settings": trial_settings(cell, paths), "seed": cell.seed, "path": str(paths.cell), "run": run}
+    if pool is None:
+        return LocalTrialBackend(TRIAL_FUNCTION, **common)
+    return PoolBackend(TRIAL_FUNCTION, pool=pool, max_retries=options["max_retries"], **common)
+
+
+def _paused_if_running(status: str) -> str:
+    """A trial that ran when the driver died is handed back to the Tuner as one to resume."""
+    return "Paused" if status == "InProgress" else status
+
+
+# ---- disk
+
+
+def _earlier_events(paths: CellPaths, cell: Cell, meta: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The events of earlier attempts; an unusable record is set aside with a warning, and the cell starts afresh."""
+    if not paths.events.exists():
+        _create(paths, cell, meta)
+        return []
+    events, problems = record.read_events(paths.events)
+    fatal = [problem for problem in problems if problem.fatal]
+    for problem in problems:
+        warn(str(problem))
+    if fatal:
+        aside = record.set_aside(paths)
+        warn(f"{paths.cell.name}: set aside as {aside.name}, starting again")
+        _create(paths, cell, meta)
+        return []
+    commits = [event["commit"] for event in events if event["e"] == "open"]
+    if commits and commits[-1] != meta["commit"]:
+        warn(f"{paths.cell.name}: begun with commit {commits[-1]}, goes on with {meta['commit']}")
+    return events
+
+
+def _create(paths: CellPaths, cell: Cell, meta: dict[str, Any]) -> None:
+    paths.cell.mkdir(parents=True, exist_ok=True)
+    record.write_atomic(paths.config, yaml.safe_dump(cell.config, sort_keys=False))
+    record.write_atomic(paths.meta, json.dumps(meta, indent=1))
+
+
+def _finish(cell: Cell, paths: CellPaths, why: str) -> dict[str, Any]:
+    events, problems = record.read_events(paths.events)
+    summary = record.summarize(cell.config, events) | {"stop_reason": why}
+    if cell.config["save_model"] == "best":
+        _keep_best_model(paths, summary)
+    shutil.rmtree(paths.checkpoints, ignore_errors=True)  # pause checkpoints are of no use once the cell has ended
+    shutil.rmtree(paths.cell / "syne-tune", ignore_errors=True)
+    record.write_atomic(paths.summary, json.dumps(summary, indent=1))
+    return summary
+
+
+def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
+    best = summary["incumbent_trial"]
+    for file in sorted(Path(paths.models).glob("*.pt")):
+        if file.stem != str(best):
+            file.unlink()
+
+
+@contextlib.contextmanager
+def _output_to(paths: CellPaths) -> Iterator[None]:
+    """What Syne Tune prints and logs goes to the cell's stdout.log and stderr.log."""
+    logger = logging.getLogger("syne_tune")
+    handler = logging.FileHandler(paths.stderr)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        with open(paths.stdout, "a") as out, contextlib.redirect_stdout(out):
+            yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+        handler.close()
