@@ -1,0 +1,202 @@
+"""Run a plan: one cell after the other, skipping what is finished, surviving what fails."""
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from backends import gpus
+from backends.context import UserError
+from backends.pool import WorkerPool
+from harness import report
+from harness.experiment import PREPARE_FUNCTION, CellFailed, run_cell, trial_settings
+from harness.instantiate import instantiate
+from harness.progress import Display
+from harness.provenance import provenance
+from harness.record import CellBusy, CellPaths, cell_lock
+from harness.recorder import Recorder
+from harness.sweep import Cell, Plan
+from harness.tracking import Guarded
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+@dataclass
+class Outcome:
+    """Folders of the cells by what became of them."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    busy: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self.interrupted else EXIT_FAILED if self.failed else 0
+
+
+def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
+    """Run every unfinished cell of ``plan``, print the summary, return the exit code (0, 1 a cell failed, 130 Ctrl-C)."""
+    console = Console(stderr=json_output)
+    root = Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
+    _check_writable(root)
+    devices = gpus.visible_gpus()
+    if devices:
+        _check_gpus(devices)
+    meta = provenance(sys.argv, [gpu.name for gpu in devices])
+    todo = [cell for cell in plan.cells if not _paths(cell).summary.exists()]
+    for note in plan.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if len(todo) < len(plan.cells):
+        console.print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are finished already")
+    outcome = _run(todo, len(plan.cells), console, meta)
+    _say_outcome(outcome, console)
+    results = report.load_results(root)
+    if json_output:
+        print(json.dumps(report.as_json(results), indent=1))
+    else:
+        report.print_summary(results, console)
+    return outcome.exit_code
+
+
+def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any]) -> Outcome:
+    outcome = Outcome()
+    pools = _Pools()
+    with Display(console, total, total - len(todo)) as display, _terminate_is_interrupt(), contextlib.closing(pools):
+        try:
+            for cell in todo:
+                _run_one(cell, pools, display, meta, outcome)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+    return outcome
+
+
+def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any], outcome: Outcome) -> None:
+    paths = _paths(cell)
+    tracker = Guarded(instantiate(cell.config["tracker"]), display.message)
+
+    def on_event(recorder: Recorder, event: dict[str, Any]) -> None:
+        display.update(recorder, event)
+        tracker.event(event, recorder.progress)
+
+    try:
+        with _disk_errors_are_the_users(paths), cell_lock(paths):
+            if paths.summary.exists():  # another command finished it since the plan was made
+                outcome.finished.append(cell.folder)
+                return display.finish_cell(cell, "finished by another command")
+            pool = pools.for_cell(cell, display)
+            display.start_cell(cell, resumed=paths.events.exists())
+            tracker.start(cell, paths.cell)
+            summary = None
+            try:
+                summary = run_cell(cell, paths, pool, meta, on_event, display.message)
+            finally:
+                tracker.finish(summary)
+        outcome.finished.append(cell.folder)
+        display.finish_cell(cell, f"best {summary['best_validation_score']:.4f} in {summary['trials']} trials")
+    except CellBusy as busy:
+        outcome.busy.append(cell.folder)
+        display.message(f"{cell.folder}: left alone, {busy}")
+    except CellFailed as failure:
+        outcome.failed.append(cell.folder)
+        display.message(f"{cell.folder}: failed. {failure}")
+    except UserError:
+        raise
+    except Exception:
+        outcome.failed.append(cell.folder)
+        display.message(f"{cell.folder}: failed.\n{traceback.format_exc()}")
+
+
+class _Pools:
+    """The warm workers, kept from cell to cell as long as the cells ask for the same ones."""
+
+    def __init__(self) -> None:
+        self._pool: WorkerPool | None = None
+        self._key: tuple[Any, ...] = ()
+        self._prepared: dict[str, Any] | None = None
+
+    def for_cell(self, cell: Cell, display: Display) -> WorkerPool | None:
+        backend = cell.config["backend"]
+        if backend["name"] == "local":
+            return None
+        key = (cell.config["n_workers"], backend["threads"], backend["stop_grace"])
+        if self._pool is None or key != self._key:
+            self.close()
+            display.message(f"starting {key[0]} worker{'s' if key[0] > 1 else ''} ...")
+            self._pool, self._key = WorkerPool(key[0], threads=key[1], stop_grace=key[2]), key
+        settings = trial_settings(cell)
+        if settings["task"] != self._prepared:
+            self._pool.prepare(PREPARE_FUNCTION, settings)
+            self._prepared = settings["task"]
+        return self._pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self._pool, self._prepared = None, None
+
+
+def _paths(cell: Cell) -> CellPaths:
+    return CellPaths(cell.config["results_dir"], cell.config["name"], cell.folder)
+
+
+def _check_writable(root: Path) -> None:
+    """Fail before anything runs if results cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".writable"
+        probe.write_text("x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write results to {root}: {error.strerror}; choose another results_dir or name") from None
+
+
+def _check_gpus(devices: list[gpus.Gpu]) -> None:
+    import torch
+
+    gpus.check_supported(devices, torch.cuda.get_arch_list())
+
+
+@contextlib.contextmanager
+def _disk_errors_are_the_users(paths: CellPaths) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"cannot write the record of {paths.cell.name}: {error.strerror} ({error.filename or paths.cell}); "
+            "nothing that was recorded is lost, make room and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _terminate_is_interrupt() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does: workers stopped, records closed."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say_outcome(outcome: Outcome, console: Console) -> None:
+    if outcome.busy:
+        console.print(f"{len(outcome.busy)} cells are being run by another command")
+    if outcome.failed:
+        console.print(f"{len(outcome.failed)} cells failed: {', '.join(outcome.failed)}")
+    if outcome.interrupted:
+        console.print("interrupted; what is done is recorded, the same command goes on from here")
