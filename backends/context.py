@@ -9,10 +9,11 @@ A *trial function* is known by its dotted name and called as ``function(context)
             ...                                                     # one epoch
             context.save(state, report={"epoch": state["epoch"], "loss": loss})
 
-Reports are numbered over all attempts of a trial and every number reaches the scheduler once. ``save(state, report=...)``
-is a checkpoint and a report in one: the checkpoint is on disk before the report is seen, and a later attempt that loads
-it delivers the report if the driver never got it. ``report()`` first and ``save()`` afterwards is safe as well. A
-``save()`` *before* the ``report()`` of the same epoch is not, unless the function reports that epoch again after ``load()``.
+Reports are numbered over all attempts of a trial and every number reaches the scheduler once. ``save(state, report=)``
+is a checkpoint and a report in one: the checkpoint is on disk before the report is sent, and a later attempt that loads
+it sends the report again if the driver never got it. ``report()`` first and ``save()`` afterwards is safe as well. A
+``save()`` *before* the ``report()`` of the same epoch is not, unless the function reports that epoch again when it has
+loaded that checkpoint.
 """
 
 import io
@@ -28,7 +29,7 @@ import numpy as np
 
 
 class UserError(Exception):
-    """A mistake only the user can mend (missing data, unknown function, ...); the message says how. No traceback needed."""
+    """A mistake only the user can mend (missing data, unknown function); the message says how, without traceback."""
 
 
 class TrialFailed(Exception):
@@ -53,7 +54,7 @@ class TrialContext(Protocol):
         """True once this attempt was stopped or paused; cheap enough for every batch."""
 
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint (tensors, str, int, float, bool, None, dict, list, tuple), then send ``report`` if given."""
+        """Write a checkpoint (tensors, str, int, float, bool, None, dict, list, tuple), then send ``report``."""
 
     def load(self) -> dict[str, Any] | None:
         """The latest checkpoint of any attempt of this trial (tensors on the CPU), None if there is none."""
