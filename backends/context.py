@@ -145,11 +145,22 @@ def trial_seed(seed: int, trial_id: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(trial_id,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def to_json(value: Any) -> str:
+    """JSON of ``value``; numpy and torch scalars and arrays become numbers and lists. NaN stays NaN."""
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} {value!r} is not JSON-able")
+
+
 def _write(path: Path, reports: int, unconfirmed: list[dict[str, Any]], payload: memoryview) -> None:
     header = {"reports": reports, "unconfirmed": unconfirmed, "bytes": len(payload), "crc32": zlib.crc32(payload)}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.write(json.dumps(header).encode() + b"\n")
+        file.write(to_json(header).encode() + b"\n")
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())

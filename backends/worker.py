@@ -1,0 +1,248 @@
+"""The warm worker: a process that keeps torch, the data set and the GPU context, and runs one trial after another.
+
+Started by ``WorkerPool`` as ``python -m backends.worker``; reads one line of JSON (where to connect, the key, its limits)
+from stdin. Messages are JSON bytes both ways:
+
+    in    {"m": "start", "key", "spec"}    {"m": "stop", "key"}    {"m": "prepare", "generation", "function", "settings"}
+    out   {"m": "hello", "spawn", "pid"}   {"m": "ready", "device"}   {"m": "prepared", "generation", "error", "user"}
+          {"m": "report", "key", "report"}   {"m": "done", "key", "kind", "reason", "replace"}
+
+A reused worker gives bit for bit what a fresh one gives: before each attempt ``Interpreter.reset`` puts back all global
+state it knows of. When the connection closes (the driver is gone) the worker and all it started die at once.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+from backends.attempt import Attempt, AttemptSpec, Outcome, call, die_with_parent, kill_own_group, resolve
+from backends.context import UserError, to_json
+
+
+class Interpreter:
+    """Global state of Python, numpy and torch that one trial could leave behind for the next."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._directory, self._environment = os.getcwd(), dict(os.environ)
+        self._torch: dict[str, Any] | None = None
+
+    def remember_torch(self) -> None:
+        """Take torch's settings as they are now, before any trial ran, for the state to return to."""
+        torch = sys.modules.get("torch")
+        if torch is None or self._torch is not None:
+            return
+        self._torch = {
+            "dtype": torch.get_default_dtype(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "cudnn": {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")},
+        }
+
+    def reset(self, seed: int) -> None:
+        """Put everything back and seed the global generators, so that nothing depends on what ran here before."""
+        os.chdir(self._directory)
+        if os.environ != self._environment:
+            os.environ.clear()
+            os.environ.update(self._environment)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
+        if self._torch is not None:
+            self._reset_torch(sys.modules["torch"], self._torch, seed)
+
+    def _reset_torch(self, torch: Any, state: dict[str, Any], seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(state["dtype"])
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+        torch.set_float32_matmul_precision(state["matmul"])
+        torch.autograd.set_detect_anomaly(False)
+        torch.set_flush_denormal(False)
+        for name, value in state["cudnn"].items():
+            setattr(torch.backends.cudnn, name, value)
+        torch.backends.cudnn.benchmark = False  # its choice of algorithm depends on timing
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Worker:
+    """The main thread runs trials; a reader thread takes messages and sets the stop events."""
+
+    def __init__(self, connection: Connection, device: str, interpreter: Interpreter):
+        self.device = device
+        self._connection, self._interpreter = connection, interpreter
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._stops: dict[int, threading.Event] = {}
+
+    def send(self, **message: Any) -> None:
+        data = to_json(message).encode()
+        with self._lock:
+            self._connection.send_bytes(data)
+
+    def listen(self) -> None:
+        """The reader thread; never returns: without a driver there is nothing left to do."""
+        try:
+            while True:
+                message = json.loads(self._connection.recv_bytes())
+                if message["m"] == "stop":
+                    if stop := self._stops.get(message["key"]):
+                        stop.set()
+                    continue
+                if message["m"] == "start":
+                    message["received"] = time.perf_counter()
+                    self._stops[message["key"]] = threading.Event()
+                self._inbox.put(message)
+        finally:
+            kill_own_group()
+
+    def serve(self) -> None:
+        """Run what arrives until the connection closes or a trial has spoilt the process."""
+        while True:
+            message = self._inbox.get()
+            if message["m"] == "prepare":
+                self._prepare(message)
+            elif not self._run(message):
+                return
+
+    def _prepare(self, message: dict[str, Any]) -> None:
+        user: list[UserError] = []
+
+        def prepare() -> None:
+            try:
+                resolve(message["function"])(message["settings"], self.device)
+            except UserError as error:
+                user.append(error)
+
+        outcome = call(prepare)
+        self._interpreter.remember_torch()
+        _freeze()
+        error = str(user[0]) if user else outcome.reason or None
+        self.send(m="prepared", generation=message["generation"], error=error, user=bool(user))
+
+    def _run(self, message: dict[str, Any]) -> bool:
+        """One attempt; False if the worker has to be replaced."""
+        key, spec = message["key"], AttemptSpec(**message["spec"])
+        context = Attempt(
+            spec,
+            self.device,
+            emit=lambda report: self.send(m="report", key=key, report=report),
+            stop=self._stops[key],
+            started=message["received"],
+        )
+        outcome = self._logged(spec, context)
+        del self._stops[key]
+        replace = outcome.kind == "error" and _cuda_is_initialized()
+        if outcome.kind != "returned":
+            gc.collect()  # the traceback held the model
+        self.send(m="done", key=key, kind=outcome.kind, reason=outcome.reason, replace=replace)
+        return not replace
+
+    def _logged(self, spec: AttemptSpec, context: Attempt) -> Outcome:
+        try:
+            with output_to(Path(spec.folder)):
+                outcome = call(lambda: self._attempt(spec, context))
+                if outcome.reason:
+                    print(outcome.reason, file=sys.stderr)
+                return outcome
+        except OSError as error:
+            return Outcome("failed", f"cannot write the trial's log: {error}")
+
+    def _attempt(self, spec: AttemptSpec, context: Attempt) -> None:
+        function = resolve(spec.function)
+        self._interpreter.remember_torch()
+        self._interpreter.reset(spec.seed)
+        function(context)
+
+
+@contextlib.contextmanager
+def output_to(folder: Path) -> Iterator[None]:
+    """Append what this process and its children print to ``folder``/std.out and std.err; empty files are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {1: folder / "std.out", 2: folder / "std.err"}
+    saved = {fd: os.dup(fd) for fd in paths}
+    try:
+        for fd, path in paths.items():
+            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.dup2(log, fd)
+            os.close(log)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, path in paths.items():
+            empty = os.fstat(fd).st_size == 0
+            os.dup2(saved[fd], fd)
+            os.close(saved[fd])
+            if empty:
+                path.unlink(missing_ok=True)
+
+
+def _cuda_is_initialized() -> bool:
+    return "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
+
+
+def _freeze() -> None:
+    """Exempt what was imported or loaded from garbage collection: later collections take milliseconds, not a tenth."""
+    gc.collect()
+    gc.freeze()
+
+
+def _warm_up(modules: list[str], threads: int) -> str:
+    """Import ``modules`` as far as they are installed, open the GPU; returns the device's name."""
+    for module in modules:
+        if importlib.util.find_spec(module):
+            importlib.import_module(module)
+    pinned = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1")
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "cuda:0" if pinned else "cpu"
+    torch.set_num_threads(threads)
+    if not (pinned and torch.cuda.is_available()):
+        return "cpu"
+    torch.ones(8, 8, device="cuda:0").mm(torch.ones(8, 8, device="cuda:0"))
+    torch.cuda.synchronize()
+    return "cuda:0"
+
+
+def main() -> None:
+    """Connect back, warm up, serve."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    init = json.loads(sys.stdin.buffer.readline())
+    if init["parent"] is not None:
+        die_with_parent(init["parent"])
+    sys.path[:] = init["sys_path"]
+    with Client(init["address"], authkey=bytes.fromhex(init["key"])) as connection:
+        interpreter = Interpreter(init["threads"])
+        worker = Worker(connection, "cpu", interpreter)
+        worker.send(m="hello", spawn=init["spawn"], pid=os.getpid())
+        threading.Thread(target=worker.listen, daemon=True).start()
+        worker.device = _warm_up(init["warm"], init["threads"])
+        interpreter.remember_torch()
+        _freeze()
+        worker.send(m="ready", device=worker.device)
+        worker.serve()
+    os._exit(0)  # waits for nothing that a broken GPU context could hold up
+
+
+if __name__ == "__main__":
+    main()
