@@ -1,12 +1,12 @@
 """Search spaces: hyperparameters, their coordinates psi, and the way to and from Syne Tune's ``config_space``.
 
-Three views of a continuous hyperparameter (DESIGN 3): its *value* (what training uses), *psi* (natural log of the value
+Three views of a continuous hyperparameter: its *value* (what training uses), *psi* (natural log of the value
 where the space is logarithmic, else the value) and the *unit* coordinate (psi scaled to [0, 1] by its bounds).
 Integers and categoricals have values only: OHGW never moves them.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,53 +142,86 @@ class Space:
 
     @classmethod
     def from_config_space(cls, config_space: Mapping[str, Any]) -> "Space":
-        """Read Syne Tune's ``uniform, loguniform, randint, lograndint, choice, ordinal, finrange``; others raise SpaceError."""
+        """Read Syne Tune's ``uniform, loguniform, randint, lograndint, choice, ordinal, finrange``; others raise
+        SpaceError."""
         from syne_tune import config_space as st
 
-        domains = {k: _from_syne_tune(k, v) for k, v in config_space.items() if isinstance(v, st.Domain)}
+        domains = {k: _named(k, _from_syne_tune, v) for k, v in config_space.items() if isinstance(v, st.Domain)}
         constants = {k: v for k, v in config_space.items() if not isinstance(v, st.Domain)}
         return cls(domains, constants)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Space":
-        """Read the YAML form: ``lr: {lower: 1e-3, upper: 1, log: true}``, ``depth: {lower: 2, upper: 8, integer: true}``,
-        ``optimizer: {choices: [sgd, adamw]}``, ``nesterov: true`` (a constant)."""
-        domains: dict[str, Domain] = {}
-        constants: dict[str, Any] = {}
-        for name, entry in spec.items():
-            if not isinstance(entry, Mapping):
-                constants[name] = entry
-            elif "choices" in entry:
-                domains[name] = Categorical(tuple(entry["choices"]), **_rest(name, entry, {"choices"}, {"ordered"}))
-            elif entry.get("integer"):
-                domains[name] = Integer(entry["lower"], entry["upper"], **_rest(name, entry, {"lower", "upper", "integer"}, {"log"}))
-            else:
-                lower, upper = float(entry["lower"]), float(entry["upper"])
-                domains[name] = Float(lower, upper, **_rest(name, entry, {"lower", "upper", "integer"}, {"log"}))
+        """Read the YAML form: ``lr: {lower: 1e-3, upper: 1, log: true}``, ``depth: {lower: 2, upper: 8, integer:
+        true}``, ``optimizer: {choices: [sgd, adamw]}``, ``nesterov: true`` (a constant). Raises SpaceError, which names
+        the hyperparameter, for an entry that makes no sense."""
+        domains = {name: _named(name, _from_entry, entry) for name, entry in spec.items() if isinstance(entry, Mapping)}
+        constants = {name: entry for name, entry in spec.items() if not isinstance(entry, Mapping)}
         return cls(domains, constants)
 
 
-def _rest(name: str, entry: Mapping[str, Any], used: set[str], allowed: set[str]) -> dict[str, Any]:
-    unknown = set(entry) - used - allowed
-    if unknown:
-        raise SpaceError(f"hyperparameter {name!r} has unknown entries {sorted(unknown)}; possible: {sorted(used | allowed)}")
-    return {k: entry[k] for k in sorted(allowed) if k in entry}
+def _named(name: str, read: Callable[[Any], Domain], source: Any) -> Domain:
+    try:
+        return read(source)
+    except SpaceError as error:
+        raise SpaceError(f"hyperparameter {name!r}: {error}") from None
 
 
-def _from_syne_tune(name: str, domain: Any) -> Domain:
+def _from_entry(entry: Mapping[str, Any]) -> Domain:
+    if "choices" in entry:
+        _check_keys(entry, required=("choices",), flags=("ordered",))
+        choices = entry["choices"]
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            raise SpaceError(f"choices must be a list, got {choices!r}")
+        return Categorical(tuple(choices), ordered=entry.get("ordered", False))
+    _check_keys(entry, required=("lower", "upper"), flags=("log", "integer"))
+    lower, upper, log = _number(entry["lower"]), _number(entry["upper"]), entry.get("log", False)
+    if not entry.get("integer", False):
+        return Float(lower, upper, log)
+    if not (lower.is_integer() and upper.is_integer()):
+        raise SpaceError(f"bounds of an integer hyperparameter must be integers, got [{lower}, {upper}]")
+    return Integer(int(lower), int(upper), log)
+
+
+def _check_keys(entry: Mapping[str, Any], required: tuple[str, ...], flags: tuple[str, ...]) -> None:
+    missing, unknown = set(required) - set(entry), set(entry) - set(required) - set(flags)
+    if missing or unknown:
+        raise SpaceError(
+            f"missing entries {sorted(missing)}, unknown entries {sorted(unknown, key=str)}; "
+            "possible: lower and upper, with log and integer, or choices, with ordered"
+        )
+    for flag in flags:
+        if not isinstance(entry.get(flag, False), bool):
+            raise SpaceError(f"{flag} must be true or false, got {entry[flag]!r}")
+
+
+def _number(value: Any) -> float:
+    """A YAML number; also a string such as ``1e-3``, which YAML 1.1 does not read as a number."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise SpaceError(f"bounds must be numbers, got {value!r}") from None
+
+
+def _from_syne_tune(domain: Any) -> Domain:
     from syne_tune import config_space as st
 
-    log = isinstance(domain.get_sampler(), st.LogUniform) if not isinstance(domain, (st.Categorical, st.FiniteRange)) else False
     if isinstance(domain, st.Categorical):
         return Categorical(tuple(domain.categories), ordered=isinstance(domain, st.Ordinal))
     if isinstance(domain, st.FiniteRange):
         return Categorical(tuple(domain.values), ordered=True)
-    if isinstance(domain, st.Integer):
-        return Integer(domain.lower, domain.upper, log)
-    if isinstance(domain, st.Float) and isinstance(domain.get_sampler(), (st.Uniform, st.LogUniform)):
-        return Float(domain.lower, domain.upper, log)
-    raise SpaceError(f"hyperparameter {name!r} has a domain this project cannot sample: {domain!r}; possible: uniform, loguniform, "
-                     "randint, lograndint, choice, ordinal, finrange")
+    # Exact types: the reverse logarithm is a subclass of the logarithm, a quantised sampler wraps another.
+    sampler = type(domain.get_sampler())
+    if sampler in (st.Integer._Uniform, st.Integer._LogUniform):
+        return Integer(domain.lower, domain.upper, log=sampler is st.Integer._LogUniform)
+    if sampler in (st.Float._Uniform, st.Float._LogUniform):
+        return Float(float(domain.lower), float(domain.upper), log=sampler is st.Float._LogUniform)
+    raise SpaceError(
+        f"this project cannot sample {domain!r}; possible: uniform, loguniform, randint, lograndint, choice, "
+        "ordinal, finrange"
+    )
 
 
 def _check_bounds(lower: float, upper: float, log: bool) -> None:
