@@ -5,20 +5,19 @@ that were running go on from their checkpoints. A cell whose record cannot be co
 """
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from syne_tune import Tuner
 from syne_tune.tuner_callback import TunerCallback
 from syne_tune.tuner_logger import TunerLogger
 
 from backends.local import LocalTrialBackend
-from backends.pool import PoolBackend, RestoredTrial, WorkerPool
+from backends.context import RestoredTrial
+from backends.pool import PoolBackend, WorkerPool
 from harness import record
 from harness.instantiate import instantiate
 from harness.ohgw import OHGW
@@ -65,14 +64,14 @@ def run_cell(
         return _attempt(cell, paths, pool, meta, events, on_event)
     except ReplayError as error:
         aside = record.set_aside(paths)
-        warn(f"{paths.cell.name}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
+        warn(f"{paths.folder}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
         _create(paths, cell, meta)
         return _attempt(cell, paths, pool, meta, [], on_event)
 
 
 def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
     run = 1 + sum(event["e"] == "open" for event in events)
-    log = EventLog(paths.events)
+    log, trials = EventLog(paths.events), _TrialsLog(paths, events)
     clock = CellClock(events[-1]["t"] if events else 0.0)
     backend = _backend(cell, paths, pool, run)
     recorder = Recorder(
@@ -81,7 +80,7 @@ def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
         Budget(**cell.config["budget"]),
         clock,
         backend.failure,
-        on_event=lambda event: on_event(recorder, event),
+        on_event=lambda event: (trials.event(event), on_event(recorder, event)),
     )
     backend.on_event = recorder.note
     try:
@@ -97,11 +96,13 @@ def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
         recorder.note({"e": "close", "why": why})
     except BaseException as error:
         if not isinstance(error, ReplayError):
+            why = "failed" if isinstance(error, CellFailed) else "interrupted"
             with contextlib.suppress(OSError):
-                recorder.note({"e": "close", "why": "interrupted"})
+                recorder.note({"e": "close", "why": why})
         raise
     finally:
         log.close()
+        trials.close()
         if pool is None:
             backend.stop_all()
     return _finish(cell, paths, why)
@@ -117,15 +118,15 @@ def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder) -> str
             n_workers=cell.config["n_workers"],
             sleep_time=0.0 if isinstance(backend, PoolBackend) else 0.05,  # the pool blocks in fetch_status_results
             max_failures=10**9,  # a failed trial never ends a cell; BARREN_LIMIT does
-            tuner_name=paths.cell.name,
+            tuner_name=paths.folder,
             suffix_tuner_name=False,
             save_tuner=False,  # our own append-only record replaces the dill dump and the CSV
             callbacks=[TunerCallback()],
-            trial_backend_path=str(paths.cell),
+            trial_backend_path=str(paths.root),
             print_update_interval=1e9,
             output_logger=_Silent(),
         )
-        tuner.tuner_path = paths.cell / "syne-tune"
+        tuner.tuner_path = paths.root / "syne-tune"
         tuner.run()
     if recorder.progress.barren >= BARREN_LIMIT:
         last = max(k for k, t in recorder.progress.trials.items() if t.status == "Failed")
@@ -163,7 +164,7 @@ def trial_settings(cell: Cell, paths: CellPaths | None = None) -> dict[str, Any]
 
 def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) -> Any:
     options = cell.config["backend"]
-    common = {"settings": trial_settings(cell, paths), "seed": cell.seed, "path": str(paths.cell), "run": run}
+    common = {"settings": trial_settings(cell, paths), "seed": cell.seed, "path": str(paths.root), "run": run}
     if pool is None:
         return LocalTrialBackend(TRIAL_FUNCTION, **common)
     return PoolBackend(TRIAL_FUNCTION, pool=pool, max_retries=options["max_retries"], **common)
@@ -177,46 +178,70 @@ def _paused_if_running(status: str) -> str:
 # ---- disk
 
 
+class _TrialsLog:
+    """Appends a line to trials.jsonl at the first report of each trial; catches up on what a crash left out."""
+
+    def __init__(self, paths: CellPaths, events: list[dict[str, Any]]):
+        known, _ = record.read_trials(paths.trials)
+        self._log = EventLog(paths.trials)
+        self._known = set(known)
+        self._configs: dict[int, dict[str, Any]] = {}
+        for event in events:
+            self.event(event)
+
+    def event(self, event: dict[str, Any]) -> None:
+        trial = event.get("trial")
+        if event["e"] == "start":
+            self._configs[trial] = event
+        elif event["e"] == "report" and trial not in self._known:
+            for row in record.trial_rows([self._configs[trial], event]):
+                self._log.append(row)
+            self._known.add(trial)
+
+    def close(self) -> None:
+        self._log.close()
+
+
 def _earlier_events(paths: CellPaths, cell: Cell, meta: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
     """The events of earlier attempts; an unusable record is set aside with a warning, and the cell starts afresh."""
     if not paths.events.exists():
         _create(paths, cell, meta)
         return []
     events, problems = record.read_events(paths.events)
-    fatal = [problem for problem in problems if problem.fatal]
     for problem in problems:
         warn(str(problem))
-    if fatal:
+    failed = bool(events) and events[-1]["e"] == "close" and events[-1]["why"] == "failed"
+    if failed or any(problem.fatal for problem in problems):
         aside = record.set_aside(paths)
-        warn(f"{paths.cell.name}: set aside as {aside.name}, starting again")
+        warn(f"{paths.folder}: set aside as {aside.name}, starting again")
         _create(paths, cell, meta)
         return []
     commits = [event["commit"] for event in events if event["e"] == "open"]
     if commits and commits[-1] != meta["commit"]:
-        warn(f"{paths.cell.name}: begun with commit {commits[-1]}, goes on with {meta['commit']}")
+        warn(f"{paths.folder}: begun with commit {commits[-1]}, goes on with {meta['commit']}")
     return events
 
 
 def _create(paths: CellPaths, cell: Cell, meta: dict[str, Any]) -> None:
-    paths.cell.mkdir(parents=True, exist_ok=True)
-    record.write_atomic(paths.config, yaml.safe_dump(cell.config, sort_keys=False))
-    record.write_atomic(paths.meta, json.dumps(meta, indent=1))
+    paths.root.mkdir(parents=True, exist_ok=True)
+    record.write_config(paths, cell.config)
+    record.write_json(paths.meta, meta)
 
 
 def _finish(cell: Cell, paths: CellPaths, why: str) -> dict[str, Any]:
-    events, problems = record.read_events(paths.events)
+    events, _ = record.read_events(paths.events)
     summary = record.summarize(cell.config, events) | {"stop_reason": why}
     if cell.config["save_model"] == "best":
         _keep_best_model(paths, summary)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)  # pause checkpoints are of no use once the cell has ended
-    shutil.rmtree(paths.cell / "syne-tune", ignore_errors=True)
-    record.write_atomic(paths.summary, json.dumps(summary, indent=1))
+    shutil.rmtree(paths.root / "syne-tune", ignore_errors=True)
+    record.write_json(paths.summary, summary)
     return summary
 
 
 def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
-    best = summary["incumbent_trial"]
-    for file in sorted(Path(paths.models).glob("*.pt")):
+    best = summary["incumbent"] and summary["incumbent"]["trial"]
+    for file in Path(paths.models).glob("*.pt"):
         if file.stem != str(best):
             file.unlink()
 

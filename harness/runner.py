@@ -26,7 +26,7 @@ from harness.recorder import Recorder
 from harness.sweep import Cell, Plan
 from harness.tracking import Guarded
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -53,7 +53,7 @@ def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
     if devices:
         _check_gpus(devices)
     meta = provenance(sys.argv, [gpu.name for gpu in devices])
-    todo = [cell for cell in plan.cells if not _paths(cell).summary.exists()]
+    todo = [cell for cell in plan.cells if not _paths(cell).finished]
     for note in plan.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if len(todo) < len(plan.cells):
@@ -62,7 +62,7 @@ def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
     _say_outcome(outcome, console)
     results = report.load_results(root)
     if json_output:
-        print(json.dumps(report.as_json(results), indent=1))
+        print(json.dumps(report.summary_json(results), indent=1))
     else:
         report.print_summary(results, console)
     return outcome.exit_code
@@ -89,13 +89,13 @@ def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any]
         tracker.event(event, recorder.progress)
 
     try:
-        with _disk_errors_are_the_users(paths), cell_lock(paths):
-            if paths.summary.exists():  # another command finished it since the plan was made
+        with _disk_errors_are_the_users(paths), cell_lock(paths.lock):
+            if paths.finished:  # another command finished it since the plan was made
                 outcome.finished.append(cell.folder)
                 return display.finish_cell(cell, "finished by another command")
             pool = pools.for_cell(cell, display)
             display.start_cell(cell, resumed=paths.events.exists())
-            tracker.start(cell, paths.cell)
+            tracker.start(cell, paths.root)
             summary = None
             try:
                 summary = run_cell(cell, paths, pool, meta, on_event, display.message)
@@ -146,7 +146,7 @@ class _Pools:
 
 
 def _paths(cell: Cell) -> CellPaths:
-    return CellPaths(cell.config["results_dir"], cell.config["name"], cell.folder)
+    return CellPaths(Path(cell.config["results_dir"]).absolute(), cell.config["name"], cell.folder)
 
 
 def _check_writable(root: Path) -> None:
@@ -174,7 +174,7 @@ def _disk_errors_are_the_users(paths: CellPaths) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
-            f"cannot write the record of {paths.cell.name}: {error.strerror} ({error.filename or paths.cell}); "
+            f"cannot write the record of {paths.folder}: {error.strerror} ({error.filename or paths.root}); "
             "nothing that was recorded is lost, make room and run the same command again"
         ) from error
 
