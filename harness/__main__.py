@@ -1,0 +1,178 @@
+"""The command line: ``python -m harness [options] [key=value ...]``.
+
+Exit codes: 0 every cell is finished, 1 a cell failed, 2 the command line is wrong (nothing was run), 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from backends.context import UserError
+from harness import sweep
+from harness.schema import GROUPS, Key, known_keys, near
+from harness.sweep import CONF, Conf, Plan
+
+EXIT_WRONG, EXIT_INTERRUPTED = 2, 130
+
+USAGE = """\
+usage: python -m harness [options] [key=value ...]
+
+Runs every cell (task, scheduler, OHGW variant, seed) that the lists ask for, and prints the paired summary. Lists and
+inclusive ranges work for every group and key, and a sweep is their product: scheduler=asha,pasha seed=0..49
+(also 0..48..2 and 0..4,9). A list in brackets is one value. The same command again goes on where it stopped.
+
+options:
+  --dry-run   print the plan and its state, run nothing       --json       machine-readable output
+  --cfg job   print the composed config of the first cell     --version    print the version
+  -m          accepted, not needed: every list is a sweep     -h, --help   this page
+"""
+
+EXAMPLES = """\
+examples:
+  python -m harness scheduler=pasha ohgw=off,on seed=0..49
+  python -m harness ohgw=off,normalized ohgw.eta=0.05,0.1 ohgw.mask=[lr] task.model=mlp seed=0..9 --dry-run
+  python -m harness experiment=smoke
+exit codes: 0 all cells finished, 1 a cell failed, 2 wrong command line (nothing was run), 130 interrupted
+"""
+
+OPTIONS = ("--help", "--cfg", "--dry-run", "--json", "--multirun", "--version", "-h", "-m")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main(argv: Sequence[str] | None = None, conf: Path = CONF) -> int:
+    """Run the command line ``argv`` (default: this process's arguments) and return the exit code."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv), conf)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_WRONG
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `... --dry-run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(argv: list[str], conf: Path) -> int:
+    options, overrides = _arguments(argv)
+    if options.help:
+        print(help_page(Conf(conf)), end="")
+        return 0
+    if options.version:
+        from importlib.metadata import version
+
+        print(version("ohgw-harness"))
+        return 0
+    plan = sweep.make_plan(overrides, conf)
+    if options.cfg:
+        return _print_config(plan, options.json)
+    if options.dry_run:
+        return _print_plan(plan, options.json)
+    sweep.check_data(plan)
+    from harness.runner import run_sweep
+
+    return run_sweep(plan, json_output=options.json)
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split options, which start with ``-``, from overrides."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", choices=["job"], help="job")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    options, overrides = parser.parse_known_args(argv)
+    for word in overrides:
+        if word.startswith("-"):
+            raise UserError(f"unknown option {word}{near(word, OPTIONS)}")
+    return options, overrides
+
+
+def help_page(source: Conf) -> str:
+    """Groups with their choices and default, then every key with default, type, range and meaning."""
+    composed = source.compose({})
+    groups = [f"  {group:<11}{_choices(source, group, composed.choices[group])}" for group in GROUPS]
+    keys = ["keys (with the defaults of these groups):", *_key_lines(composed.get)]
+    return "\n".join([USAGE, "groups (* the default):", *groups, "", *keys, "", EXAMPLES])
+
+
+def _choices(source: Conf, group: str, default: str | None) -> str:
+    return ", ".join(choice + "*" * (choice == default) for choice in source.choices(group))
+
+
+def _key_lines(get: Any) -> Iterator[str]:
+    for name, key in known_keys().items():
+        exists, value = get(name)
+        default = f"={_default(value)}" if exists else ""
+        possible = get(f"{name}s")[1] if name in ("task.model", "task.space") else None  # listed by the task's YAML
+        yield f"  {name + default:<32}{key.help}{_range(key, possible)}"
+
+
+def _range(key: Key, possible: Any) -> str:
+    if possible:
+        return f": {', '.join(possible)}"
+    return f": {', '.join(key.choices) or key.allowed}" if key.choices or key.kind in (int, float) else ""
+
+
+def _default(value: Any) -> str:
+    return "null" if value is None else f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _print_config(plan: Plan, as_json: bool) -> int:
+    config = plan.cells[0].config
+    if as_json:
+        print(json.dumps(config, indent=1))
+        return 0
+    import yaml
+
+    if len(plan.cells) > 1:
+        print(f"# the first of {len(plan.cells)} cells")
+    print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
+    return 0
+
+
+def _states(plan: Plan) -> list[str]:
+    from harness.record import CellPaths
+
+    states = []
+    for cell in plan.cells:
+        paths = CellPaths(cell.config["results_dir"], cell.config["name"], cell.folder)
+        states.append("finished" if paths.summary.exists() else "interrupted" if paths.events.exists() else "new")
+    return states
+
+
+def _print_plan(plan: Plan, as_json: bool) -> int:
+    states = _states(plan)
+    if as_json:
+        print(json.dumps(sweep.as_json(plan, states), indent=1))
+        return 0
+    rows = [("task", "scheduler", "variant", "seed", "state", "folder")]
+    rows += [
+        (cell.task, cell.scheduler, cell.variant, str(cell.seed), state, cell.folder)
+        for cell, state in zip(plan.cells, states, strict=True)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
+    config = plan.cells[0].config
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
+    print(f"\n{len(plan.cells)} cells ({counts}) in {Path(config['results_dir']) / config['name']}")
+    for note in plan.notes:
+        print(note)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""What every key of the command line may be: types, ranges and the one-line help, as a dataclass a group.
+
+The YAML files in ``conf/`` say which keys a choice has and their values; these classes say what the values may be. A
+key that a YAML has and no class here names (a new task's own key, say) takes the type of its value in the YAML.
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+from backends.context import UserError
+
+
+def option(
+    help: str, *, min: float | None = None, max: float | None = None, above: float | None = None, choices: str = ""
+) -> Any:
+    """A key: its help line, inclusive bounds ``min`` and ``max``, exclusive ``above``, space-separated ``choices``."""
+    return field(metadata={"help": help, "min": min, "max": max, "above": above, "choices": tuple(choices.split())})
+
+
+@dataclass
+class Experiment:
+    """Keys that belong to no group."""
+
+    seed: int = option("seed of everything random; the same seed pairs cells across variants", min=0)
+    n_workers: int | None = option("trials trained at a time; null: one a GPU, else 2", min=1)
+    name: str = option("folder of this study inside results_dir")
+    results_dir: str = option("where records go (taken literally, ~ expanded)")
+    save_model: str = option("which models to keep when a cell ends", choices="none best all")
+
+
+@dataclass
+class Budget:
+    """What ends a cell: whichever limit is met first."""
+
+    wallclock: float | None = option("seconds since the cell started, pauses between attempts excluded", above=0)
+    gpu_hours: float | None = option("busy hours of all workers without test evaluation", above=0)
+    trials: int | None = option("number of new configurations", min=1)
+    epochs: int | None = option("epochs reported by all trials together", min=1)
+
+
+@dataclass
+class Scheduler:
+    eta: float = option("reduction factor", min=2)
+    grace_period: int = option("epochs before the first rung", min=1)
+    brackets: int | None = option("number of brackets; null: all that max_epochs allows", min=1)
+    type: str = option("pause and promote, or stop early", choices="promotion stopping")
+
+
+@dataclass
+class Ohgw:
+    estimator: str = option("hyper-gradient", choices="off lookahead direct finite_difference random")
+    step: str = option("rule that turns the gradient into a move", choices="raw unit normalized sign")
+    eta: float = option("size of the step", min=0)
+    n_steps: int = option("steps, each on a fresh pair of batches", min=1)
+    mask: list[str] | None = option(  # noqa: RUF009 (a dataclass field, not a shared default)
+        "hyperparameters that must not move, as [lr,wd]"
+    )
+    probe: str = option("where lookahead's second batch comes from", choices="train val")
+    momentum: str = option("how one gradient moves the weights under momentum", choices="impulse first_step")
+    momentum_space: str = option("coordinate of momentum", choices="linear log1m")
+    batch_size: int = option("examples of one estimate", min=1)
+
+
+@dataclass
+class Task:
+    model: str = option("architecture")
+    batch_size: int = option("training batch", min=1)
+    max_epochs: int = option("epochs of a fully trained trial", min=1)
+    tau: float | None = option("target of T@tau, a test score (not part of a cell's identity)")
+    taus: list[float] | None = option(  # noqa: RUF009
+        "more targets, reported as well (not part of a cell's identity)"
+    )
+    space: str = option("search space, one of task.spaces")
+    label_noise: float = option("share of training labels replaced at random", min=0, max=1)
+    data_dir: str | None = option("folder of the data (taken literally, ~ expanded)")
+    precision: str = option("arithmetic of the training step")
+
+
+@dataclass
+class Backend:
+    threads: int | None = option("CPU threads of a worker; null: an equal share", min=1)
+    max_retries: int = option("how often a trial survives the loss of its worker", min=0)
+    stop_grace: float = option("seconds a worker has to stop a trial before it is killed", min=0)
+
+
+@dataclass
+class Tracker:
+    project: str = option("W&B project")
+    entity: str | None = option("W&B team or user; null: your default")
+
+
+GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group without keys
+    "scheduler": Scheduler,
+    "ohgw": Ohgw,
+    "task": Task,
+    "backend": Backend,
+    "launch": None,
+    "tracker": Tracker,
+    "experiment": None,
+}
+LITERAL = frozenset({"name", "results_dir", "task.data_dir"})  # never parsed: commas, quotes, = are part of the value
+# Not part of a cell's identity (the hash), so two values of one of these would be the same cell.
+OUTSIDE_IDENTITY = frozenset({"name", "results_dir", "save_model", "tracker", "launch"}) | frozenset(
+    f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models")
+)
+FIXED = frozenset({"backend.name", "launch.name"})  # what a YAML is, not what it can be told
+
+
+@dataclass(frozen=True)
+class Key:
+    """One dotted key: ``kind`` is int, float, bool, str, list, dict or object (anything); ``item`` that of a list's
+    entries."""
+
+    name: str
+    kind: type
+    help: str = ""
+    nullable: bool = False
+    item: type = object
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of_field(cls, name: str, source: dataclasses.Field) -> "Key":
+        kind: Any = source.type
+        nullable = isinstance(kind, types.UnionType)
+        kind = get_args(kind)[0] if nullable else kind
+        item = get_args(kind)[0] if get_origin(kind) is list else object
+        return cls(name, get_origin(kind) or kind, nullable=nullable, item=item, **source.metadata)
+
+    @classmethod
+    def of_value(cls, name: str, value: Any) -> "Key":
+        """The key that a YAML value implies; null may become anything."""
+        return cls(name, object if value is None else type(value), nullable=value is None)
+
+    @property
+    def allowed(self) -> str:
+        """What the key takes, in words: ``an integer >= 1 or null``."""
+        if self.choices:
+            words = f"one of {', '.join(self.choices)}"
+        else:
+            bounds = ((">=", self.min), (">", self.above), ("<=", self.max))
+            limits = " and".join(f" {sign} {bound:g}" for sign, bound in bounds if bound is not None)
+            words = _WORDS.get(self.kind, "a value") + limits
+        return words + (" or null" if self.nullable else "")
+
+    def parse(self, text: str) -> Any:
+        """The value that ``text``, an element of the command line, stands for; UserError if it is not allowed."""
+        if self.nullable and text == "null":
+            return self.check(None)
+        if self.kind is str:
+            return self.check(unquoted(text))
+        if self.kind is int and re.fullmatch(r"[+-]?\d{1,18}", text):
+            return self.check(int(text))
+        if self.kind is float and _is_number(text):
+            return self.check(float(text))
+        if self.kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if self.kind in (list, dict, object):
+            value = _structure(text)
+            if self.kind is object or isinstance(value, self.kind):
+                return self.check(value)
+        raise self._wrong(text)
+
+    def check(self, value: Any) -> Any:
+        """``value`` in the key's type (integers become floats where those are asked for); UserError if out of range."""
+        if value is None and self.nullable:
+            return [] if self.kind is list else None
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        right_type = isinstance(value, self.kind) and (self.kind in (bool, object) or not isinstance(value, bool))
+        if not right_type or not self._in_range(value):
+            raise self._wrong(value)
+        if self.kind is list and self.item is not object:
+            entry = Key(self.name, self.item)
+            value = [entry.check(element) for element in value]
+            return sorted(set(value))  # the lists of this project are sets: [lr,wd] is [wd,lr]
+        return value
+
+    def _in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        low = self.min is None or value >= self.min
+        return low and (self.above is None or value > self.above) and (self.max is None or value <= self.max)
+
+    def _wrong(self, value: Any) -> UserError:
+        advice = ""
+        if isinstance(value, str) and ".." in value and self.kind is int:
+            advice = "; a range is written first..last or first..last..step, as in 0..49"
+        elif self.choices and isinstance(value, str):
+            advice = near(value, self.choices, listed=False)
+        return UserError(f"{self.name} must be {self.allowed}, not {shown(value)}{advice}")
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list in brackets such as [a,b]",
+    dict: "a mapping such as {a:1}",
+}
+
+
+def known_keys() -> dict[str, Key]:
+    """Every key of the schemas by its dotted name, in the order of ``--help``."""
+    sections: dict[str, type | None] = {"": Experiment, "budget.": Budget}
+    sections |= {f"{group}.": schema for group, schema in GROUPS.items()}
+    return {
+        prefix + source.name: Key.of_field(prefix + source.name, source)
+        for prefix, schema in sections.items()
+        if schema is not None
+        for source in dataclasses.fields(schema)
+    }
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a composed config with every value in its schema's type; UserError names the first out of range."""
+    keys = known_keys()
+
+    def walk(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        checked = {}
+        for name, value in node.items():
+            path = f"{prefix}{name}"
+            if path in keys:
+                value = keys[path].check(value)
+            elif isinstance(value, Mapping):
+                value = walk(value, f"{path}.")
+            checked[name] = value
+        return checked
+
+    return walk(config, "")
+
+
+def near(word: str, possible: Iterable[str], *, listed: bool = True) -> str:
+    """``; did you mean ...?`` for an error's end; if nothing is near, and ``listed``, what is possible."""
+    import difflib
+
+    names = [str(name) for name in possible]
+    short = word.lower().rpartition(".")[2]
+    matches = [name for name in names if name.lower().rpartition(".")[2] == short]  # eta: scheduler.eta, ohgw.eta
+    folded = {name.lower(): name for name in names}
+    matches = matches or [folded[match] for match in difflib.get_close_matches(word.lower(), folded, n=3, cutoff=0.65)]
+    if matches:
+        return f"; did you mean {' or '.join(matches[:3])}?"
+    if not listed:
+        return ""
+    return f"; possible: {', '.join(names)}" if len(names) <= 20 else "; --help lists all keys"
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: as it was written, in quotes, shortened to 60 characters."""
+    text = as_text(value)
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def as_text(value: Any) -> str:
+    """A value as the command line writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def unquoted(text: str) -> str:
+    """``text`` without the one pair of quotes around it, if there is one."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text
+
+
+def _structure(text: str) -> Any:
+    """A list, mapping or scalar in Hydra's grammar; ``text`` itself where it is none (the type check answers that)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        return text

@@ -1,0 +1,527 @@
+"""From the command line to a plan: override grammar, composition, cells and their identity.
+
+    plan = make_plan(["scheduler=asha,pasha", "ohgw=on,off", "seed=0..49"])
+
+Hydra composes the YAML files, once for each combination of group choices. Lists, integer ranges and every error message
+are handled here, because Hydra's compose API refuses lists and takes ranges for plain texts. A sweep is the product of
+all lists, seed by seed: all cells of the first seed come before those of the second, so that a sweep that is stopped
+early leaves complete pairs.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.context import UserError
+from harness.overrides import MAX_CELLS, Override, parse_override
+from harness.schema import (
+    FIXED,
+    GROUPS,
+    LITERAL,
+    OUTSIDE_IDENTITY,
+    Key,
+    as_text,
+    check_config,
+    known_keys,
+    near,
+    shown,
+    unquoted,
+)
+from harness.space import Space, SpaceError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+ONE_VALUE = OUTSIDE_IDENTITY | {"experiment"}  # an experiment is a study with its own folder
+OFF = {"estimator": "off"}
+
+
+# ---- composition
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One combination of group choices: the config before value overrides and the choice of each group."""
+
+    tree: Any  # omegaconf.DictConfig
+    choices: dict[str, str]
+
+    def get(self, key: str) -> tuple[bool, Any]:
+        """Whether the dotted key exists, and its unresolved value."""
+        node: Any = self.plain
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return False, None
+            node = node[part]
+        return True, node
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_container(self.tree, resolve=False)  # type: ignore[return-value]
+
+    @property
+    def keys(self) -> list[str]:
+        """All dotted keys that a command line may set."""
+
+        def walk(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
+            for name, value in node.items():
+                if isinstance(value, Mapping):
+                    yield from walk(value, f"{prefix}{name}.")
+                elif not name.startswith("_") and prefix + name not in FIXED:
+                    yield prefix + name
+
+        return list(walk(self.plain, ""))
+
+
+class Conf:
+    """The folder of YAML files. Composes with Hydra; a combination of choices is composed once."""
+
+    def __init__(self, folder: Path = CONF):
+        self.folder = folder
+        self._composed: dict[tuple[tuple[str, str], ...], Composed] = {}
+
+    def choices(self, group: str) -> list[str]:
+        return sorted(file.stem for file in (self.folder / group).glob("*.yaml"))
+
+    def compose(self, chosen: Mapping[str, str]) -> Composed:
+        """Compose with these choices (the YAML files' defaults for the other groups)."""
+        key = tuple(sorted(chosen.items()))
+        if key not in self._composed:
+            self._composed[key] = self._compose(chosen)
+        return self._composed[key]
+
+    def _compose(self, chosen: Mapping[str, str]) -> Composed:
+        from hydra import compose, initialize_config_dir
+        from hydra.errors import HydraException
+        from omegaconf import open_dict
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        words = [f"{group}={choice}" for group, choice in chosen.items()]
+        try:
+            with initialize_config_dir(str(self.folder), version_base="1.3"):
+                tree = compose("config", overrides=words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            asked = " ".join(words) or "the defaults"
+            raise UserError(f"the YAML files in {self.folder} do not compose for {asked}: {reason}") from None
+        choices = {group: tree.hydra.runtime.choices[group] for group in GROUPS}
+        with open_dict(tree):
+            tree.pop("hydra")
+            tree.pop("sweep", None)
+        return Composed(tree, choices)
+
+    def sweep_lists(self, experiment: str | None) -> list[list[str]]:
+        """``sweep:`` of an experiment: lists of overrides, each list a product. One empty list if there is none."""
+        if experiment is None:
+            return [[]]
+        from omegaconf import OmegaConf
+
+        file = self.folder / "experiment" / f"{experiment}.yaml"
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        lists = content.get("sweep", [[]]) if isinstance(content, dict) else [[]]
+        well_formed = isinstance(lists, list) and all(isinstance(words, list) for words in lists)
+        if not (well_formed and lists and all(isinstance(word, str) for words in lists for word in words)):
+            raise UserError(f"{file}: sweep must be a list of lists of overrides, each a text such as 'seed=0..49'")
+        return lists
+
+
+# ---- cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (task, scheduler, OHGW variant, seed, budget, workers, backend) experiment; ``config`` is fully resolved."""
+
+    config: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def task(self) -> str:
+        return self.config["labels"]["task"]
+
+    @property
+    def scheduler(self) -> str:
+        return self.config["labels"]["scheduler"]
+
+    @property
+    def variant(self) -> str:
+        return self.config["labels"]["variant"]
+
+    @property
+    def identity(self) -> str:
+        """8 hex digits of the SHA-256 of everything that decides the results (see ``identity``)."""
+        return self.config["labels"]["identity"]
+
+    @property
+    def folder(self) -> str:
+        """Folder name: readable labels, then the identity."""
+        words = (self.task, self.scheduler, self.variant, f"seed{self.seed}")
+        slugs = [re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-.")[:48] for word in words]
+        return "_".join([*slugs, self.identity])
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """8 hex digits of what decides a cell's results: task, scheduler, OHGW, seed, budget, workers, backend.
+
+    Of the task's spaces only the chosen one counts, in its order (the order of sampling); its name does not.
+    """
+    return _digest(_deciding(config))
+
+
+def setting(config: Mapping[str, Any]) -> str:
+    """8 hex digits of the identity without OHGW and seed: cells of one setting may be compared, paired by seed."""
+    return _digest({k: v for k, v in _deciding(config).items() if k not in ("ohgw", "seed")})
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    dropped = {key.partition(".")[2] for key in OUTSIDE_IDENTITY if key.startswith("task.")} | {"spaces", "space"}
+    task = {k: v for k, v in config["task"].items() if k not in dropped}
+    space = _space(config["task"])
+    domains = [[name, type(domain).__name__, dataclasses.asdict(domain)] for name, domain in space.domains.items()]
+    task["space"] = [*domains, space.constants]
+    rest = ("scheduler", "ohgw", "seed", "budget", "n_workers", "backend")
+    return {"task": task, **{name: config[name] for name in rest}}
+
+
+def _digest(payload: Any) -> str:
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _label(choice: str, now: Mapping[str, Any], base: Mapping[str, Any], group: str) -> str:
+    """``choice`` plus what differs from its YAML: ``normalized(eta=0.2)``."""
+    changed = [
+        f"{key}={_compact(value)}"
+        for key, value in sorted(now.items())
+        if value != base.get(key) and f"{group}.{key}" not in OUTSIDE_IDENTITY
+    ]
+    return f"{choice}({','.join(changed)})" if changed else choice
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return _digest(value) if isinstance(value, Mapping) else as_text(value)
+
+
+# ---- plan
+
+
+@dataclass
+class Plan:
+    """What a command line asks for: the cells in the order they run, and notes to print before they do."""
+
+    cells: list[Cell]
+    notes: list[str] = field(default_factory=list)
+    argv: list[str] = field(default_factory=list)
+
+
+def make_plan(overrides: Sequence[str], conf: Path = CONF) -> Plan:
+    """The plan of ``key=value`` arguments. Reads YAML files only; UserError names the first thing that is wrong."""
+    source = Conf(conf)
+    given = _parse_all(overrides, source)
+    experiment = given.pop("experiment", None)
+    choice = experiment.texts[0] if experiment and experiment.texts[0] != "null" else None
+    sweep = _Sweep(source, choice, set(given))
+    cells: list[Cell] = []
+    for words in source.sweep_lists(choice):
+        listed = {k: v for k, v in _parse_all(words, source).items() if not _replaced(k, given)}
+        cells += sweep.cells({**listed, **given})
+    sweep.check_applied(given)
+    plan = Plan(_in_order(_merged(cells)), argv=list(overrides))
+    if len(plan.cells) < len(cells):
+        plan.notes.append(f"{len(cells) - len(plan.cells)} duplicate cells merged")
+    plan.notes += sweep.notes() + _missing_off(plan)
+    return plan
+
+
+def check_data(plan: Plan) -> None:
+    """UserError if a task's data are not there, with the command that fetches them. Called only before a run."""
+    for task in {json.dumps(cell.config["task"]): cell.config["task"] for cell in plan.cells}.values():
+        folder, files, fetch = task.get("data_dir"), task.get("data_files") or [], task.get("fetch")
+        advice = f"; fetch it with: {fetch.replace('{data_dir}', shlex.quote(folder or 'data'))}" if fetch else ""
+        if folder is None and files:
+            raise UserError(f"this task needs task.data_dir, the folder with {files[0]}{advice}")
+        if folder is not None and not os.path.isdir(folder):
+            raise UserError(f"task.data_dir: there is no folder {folder}{advice}")
+        for file in files:
+            if not os.path.exists(os.path.join(folder, file)):
+                raise UserError(f"task.data_dir={folder} has no {file}{advice}")
+
+
+def _parse_all(words: Sequence[str], source: Conf) -> dict[str, Override]:
+    """Overrides by key; every group choice and every value of a known key checked."""
+    keys = known_keys()
+    found: dict[str, Override] = {}
+    for word in words:
+        override = parse_override(word, source.choices)
+        key = override.key
+        if key in found:
+            both = ",".join(dict.fromkeys(found[key].texts[:1] + override.texts[:1]))
+            advice = "" if key in ONE_VALUE else f"; for several values write {key}={both}"
+            raise UserError(f"{key} is given twice{advice}")
+        if key in GROUPS:
+            override = Override(key, tuple(_choice(key, text, source) for text in override.texts))
+        elif key in keys:
+            for text in override.texts:
+                _parse_value(keys[key], text)
+        if len(set(override.texts)) > 1 and (key in ONE_VALUE or key.split(".")[0] in ("tracker", "launch")):
+            raise UserError(
+                f"{key} takes one value, not {len(override.texts)}: no cell differs by it; use several commands"
+            )
+        found[key] = override
+    return found
+
+
+def _choice(group: str, text: str, source: Conf) -> str:
+    possible = source.choices(group)
+    choice = unquoted(text)
+    if group == "experiment" and choice == "null":
+        return choice
+    if choice not in possible:
+        advice = "; a list in brackets is one value, a sweep is written without them" if text.startswith("[") else ""
+        raise UserError(f"there is no {group} {shown(choice)}{advice or near(choice, possible)}")
+    return choice
+
+
+def _parse_value(key: Key, text: str) -> Any:
+    """A value of the command line in the key's type; paths with ``~`` expanded and made absolute."""
+    if key.name == "name":
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", text):
+            raise UserError(
+                f"name must be a plain folder name (letters, digits, . + - _), not {shown(text)}; "
+                "results_dir says where it lies"
+            )
+        return text
+    if key.name in LITERAL:
+        return None if key.nullable and text == "null" else os.path.expanduser(text)
+    return key.parse(text)
+
+
+def _key(name: str, composed: Composed) -> Key:
+    """The schema of a key; a key that no schema names takes the type of its value in the YAML."""
+    if name.startswith("task.spaces."):  # Space checks these: 1 and 1.0 are both bounds
+        return Key(name, object)
+    return known_keys().get(name) or Key.of_value(name, composed.get(name)[1])
+
+
+def _replaced(key: str, given: Iterable[str]) -> bool:
+    """Whether the command line overrides a key of an experiment's list: itself, or the group it belongs to."""
+    return key in given or key.split(".")[0] in given
+
+
+class _Sweep:
+    """Turns merged overrides into cells and remembers which keys found a place."""
+
+    def __init__(self, source: Conf, experiment: str | None, given: set[str]):
+        self.source, self.experiment, self.given = source, experiment, given
+        self.applied: set[str] = set()
+        self.ignored: set[str] = set()
+        self.used: list[Composed] = []
+
+    def cells(self, overrides: Mapping[str, Override]) -> list[Cell]:
+        count = math.prod(len(override.texts) for override in overrides.values())
+        if count > MAX_CELLS:
+            raise UserError(f"this sweep has {count} cells; at most {MAX_CELLS} are possible")
+        groups = {key: override.texts for key, override in overrides.items() if key in GROUPS}
+        values = {key: override.texts for key, override in overrides.items() if key not in GROUPS}
+        cells = []
+        for combination in itertools.product(*groups.values()):
+            chosen = dict(zip(groups, combination, strict=True))
+            if self.experiment:
+                chosen["experiment"] = self.experiment
+            composed = self.source.compose(chosen)
+            self.used.append(composed)
+            applicable = {key: texts for key, texts in values.items() if self._applies(key, composed)}
+            cells += self._cells_of(composed, applicable)
+        unplaced = set(values) - self.applied - self.ignored - self.given
+        if unplaced:
+            self._no_place(sorted(unplaced)[0], overrides)
+        return cells
+
+    def _applies(self, key: str, composed: Composed) -> bool:
+        exists, value = composed.get(key)
+        if key.split(".")[-1].startswith("_") or key in FIXED:
+            group = key.split(".")[0]
+            possible = "|".join(self.source.choices(group))
+            raise UserError(f"{key} is set by the YAML file; choose another one with {group}={possible}")
+        if "." not in key and exists and isinstance(value, Mapping):
+            keys = [k for k in known_keys() if k.startswith(f"{key}.")]
+            raise UserError(f"{key} is a group of keys: set one of {', '.join(keys)}")
+        if key.startswith("ohgw.") and composed.get("ohgw.estimator")[1] == "off" and (exists or key in known_keys()):
+            self.ignored.add(key)
+            return False
+        if exists:
+            self.applied.add(key)
+        return exists
+
+    def _cells_of(self, composed: Composed, values: Mapping[str, tuple[str, ...]]) -> list[Cell]:
+        texts = values.get("seed", (str(composed.get("seed")[1]),))
+        seeds = [known_keys()["seed"].parse(text) for text in texts]
+        others = {key: texts for key, texts in values.items() if key != "seed"}
+        cells = []
+        for combination in itertools.product(*others.values()):
+            config = self._config(composed, dict(zip(others, combination, strict=True)))
+            for seed in seeds:
+                seeded = deepcopy(config) | {"seed": seed}
+                seeded["labels"]["identity"] = identity(seeded)
+                cells.append(Cell(seeded))
+        return cells
+
+    def _config(self, composed: Composed, texts: Mapping[str, str]) -> dict[str, Any]:
+        """The resolved, checked and labelled config, without its seed (a YAML cannot refer to ``${seed}``)."""
+        from omegaconf import OmegaConf
+
+        tree = composed.tree.copy()
+        literals = {}
+        for key, text in texts.items():
+            value = _parse_value(_key(key, composed), text)
+            if key in LITERAL:
+                literals[key] = value
+            else:
+                OmegaConf.update(tree, key, value, merge=False)
+        tree.seed = 0
+        config = check_config(OmegaConf.to_container(tree, resolve=True))  # type: ignore[arg-type]
+        for key, value in literals.items():
+            section, _, name = key.rpartition(".")
+            (config[section] if section else config)[name] = value
+        config["n_workers"] = config["n_workers"] or self._default_n_workers
+        return _finish(config, composed.choices, self._base(composed))
+
+    @functools.cached_property
+    def _default_n_workers(self) -> int:
+        from backends.gpus import default_n_workers
+
+        return default_n_workers()
+
+    def _base(self, composed: Composed) -> dict[str, Any]:
+        """What the chosen YAML files say by themselves, without the experiment and the command line."""
+        from omegaconf import OmegaConf
+
+        chosen = {group: choice for group, choice in composed.choices.items() if group != "experiment"}
+        plain = self.source.compose(chosen) if self.experiment else composed
+        return check_config(OmegaConf.to_container(plain.tree, resolve=True))  # type: ignore[arg-type]
+
+    def check_applied(self, given: Mapping[str, Override]) -> None:
+        for key in given:
+            if key not in GROUPS and key not in self.applied and key not in self.ignored:
+                self._no_place(key, given)
+
+    def _no_place(self, key: str, overrides: Mapping[str, Override]) -> None:
+        """A key that none of the choices has."""
+        group = key.split(".")[0]
+        possible = list(dict.fromkeys([*GROUPS, *(k for composed in self.used for k in composed.keys)]))
+        if group in GROUPS and "." in key:
+            chosen = ",".join(dict.fromkeys(composed.choices[group] for composed in self.used))
+            own = [k for k in possible if k.startswith(f"{group}.") and k.count(".") <= max(1, key.count("."))]
+            raise UserError(f"{key} is no key of {group}={chosen}{near(key, own) if own else '; it has no keys'}")
+        shallow = [k for k in possible if k.count(".") <= 1 or "." in key]
+        raise UserError(f"there is no key {shown(key)}{near(key, shallow)}")
+
+    def notes(self) -> list[str]:
+        idle = sorted(self.ignored - self.applied)
+        return [f"ohgw=off ignores {', '.join(idle)}"] if idle else []
+
+
+def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Cross-checks, then labels. ``base`` is what the chosen YAML files say by themselves."""
+    preset = choices["ohgw"]
+    if config["ohgw"]["estimator"] == "off":
+        preset, config["ohgw"] = "off", dict(OFF)
+        base = {**base, "ohgw": OFF}
+    _cross_check(config)
+    if config["task"].get("data_dir") is not None:  # workers may have another working directory
+        config["task"]["data_dir"] = os.path.abspath(os.path.expanduser(config["task"]["data_dir"]))
+    labels = {group: _label(choices[group], config[group], base[group], group) for group in ("task", "scheduler")}
+    variant = _label(preset, config["ohgw"], base["ohgw"], "ohgw")
+    config["labels"] = {**labels, "variant": variant, "preset": preset, "setting": setting(config)}
+    return config
+
+
+def _cross_check(config: Mapping[str, Any]) -> None:
+    """Values that are each possible and together are not."""
+    task, scheduler = config["task"], config["scheduler"]
+    if all(limit is None for limit in config["budget"].values()):
+        names = ", ".join(f"budget.{name}" for name in config["budget"])
+        raise UserError(f"a cell would never end: set at least one of {names}")
+    if scheduler.get("grace_period", 1) > task["max_epochs"]:
+        grace_period, max_epochs = scheduler["grace_period"], task["max_epochs"]
+        raise UserError(f"scheduler.grace_period={grace_period} is more than task.max_epochs={max_epochs}")
+    if task.get("models"):
+        Key("task.model", str, choices=tuple(task["models"])).check(task["model"])
+    if task.get("metric") == "accuracy":
+        for target in [task.get("tau"), *(task.get("taus") or [])]:
+            if target is not None and not 0 <= target <= 1:
+                raise UserError(f"task.tau is an accuracy: it must be >= 0 and <= 1, not {target:g}")
+    space = _space(task)
+    for name in config["ohgw"].get("mask") or []:
+        if name not in space.continuous:
+            advice = near(name, space.continuous)
+            raise UserError(f"ohgw.mask: {shown(name)} is no continuous hyperparameter of {task['space']}{advice}")
+
+
+def _space(task: Mapping[str, Any]) -> Space:
+    if task["space"] not in task["spaces"]:
+        raise UserError(f"task.space: there is no space {shown(task['space'])}{near(task['space'], task['spaces'])}")
+    try:
+        return Space.from_spec(task["spaces"][task["space"]])
+    except (SpaceError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"task.spaces.{task['space']}: {reason}") from None
+
+
+def _merged(cells: Iterable[Cell]) -> list[Cell]:
+    unique: dict[str, Cell] = {}
+    for cell in cells:
+        unique.setdefault(cell.identity, cell)
+    return list(unique.values())
+
+
+def _in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """Seed by seed, in the order the seeds were given."""
+    rank = {seed: i for i, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
+    return sorted(cells, key=lambda cell: rank[cell.seed])
+
+
+def _missing_off(plan: Plan) -> list[str]:
+    """Pairs without an ``off`` cell, neither in the plan nor finished before, and the command that adds them."""
+    from harness.record import CellPaths
+
+    here = {cell.identity for cell in plan.cells}
+    missing = set()
+    for cell in plan.cells:
+        labels = {**cell.config["labels"], "variant": "off", "preset": "off"}
+        config = {**cell.config, "ohgw": OFF, "labels": labels}
+        labels["identity"] = identity(config)
+        finished = CellPaths(config["results_dir"], config["name"], Cell(config).folder).summary.exists()
+        if labels["identity"] not in here and not finished:
+            missing.add(labels["identity"])
+    if not missing:
+        return []
+    words = [word for word in plan.argv if not word.startswith(("ohgw=", "ohgw."))] + ["ohgw=off"]
+    command = shlex.join(["python", "-m", "harness", *words])
+    return [f"{len(missing)} cells have no ohgw=off cell to be compared with; add them with: {command}"]
+
+
+def as_json(plan: Plan, states: Sequence[str]) -> dict[str, Any]:
+    """The plan as ``--dry-run --json`` prints it."""
+    rows = [
+        {"folder": cell.folder, "seed": cell.seed, "state": state, **cell.config["labels"]}
+        for cell, state in zip(plan.cells, states, strict=True)
+    ]
+    return {"cells": rows, "notes": plan.notes}
