@@ -124,7 +124,7 @@ class RungSystem:
 
     def __init__(self, levels: Sequence[int], max_t: int, mode: Mode):
         self.max_t = max_t
-        self.rungs = [Rung(low, low / high, mode) for low, high in zip(levels, [*levels[1:], max_t], strict=True)]
+        self.rungs = [Rung(low, low / high, mode) for low, high in zip(levels, [*levels, max_t][1:], strict=True)]
         self._at = {rung.level: rung for rung in self.rungs}
 
     def __getitem__(self, level: int) -> Rung:
