@@ -1,0 +1,89 @@
+"""The networks of the image tasks. All take (batch, channels, size, size) and return (batch, classes) logits."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
+    """The network ``name`` (a key of ``MODELS``), He-initialised from torch's global generator (He et al. 2015)."""
+    net = MODELS[name](channels, size, classes)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
+def mlp(channels: int, size: int, classes: int, width: int = 64) -> nn.Module:
+    """Two hidden layers, no normalisation."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(channels * size**2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
+    )
+
+
+def cnn(channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
+    """Two stride-2 convolutions with BatchNorm: the few, cheap operations that 8x8 images leave worth doing."""
+    return nn.Sequential(
+        _conv(channels, width, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+        _conv(width, 2 * width, 2), nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(2 * width * (size // 4) ** 2, classes),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Basic residual block. Its shortcut has no parameters: subsampling and zero channels (He et al. 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs, 1), nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = self.bn2(self.conv2(residual))
+        if self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(residual + x, inplace=True)
+
+
+class ResNet(nn.Module):
+    """He et al. (2016), section 4.2: three stages of ``n`` blocks with 16, 32 and 64 channels, 6n+2 layers."""
+
+    def __init__(self, channels: int, classes: int, n: int):
+        super().__init__()
+        self.stem = nn.Sequential(_conv(channels, 16, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        blocks, inputs = [], 16
+        for outputs in (16, 32, 64):
+            for index in range(n):
+                blocks.append(Block(inputs, outputs, 2 if index == 0 and outputs > 16 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+MODELS = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet8": lambda channels, size, classes: ResNet(channels, classes, n=1),
+    "resnet20": lambda channels, size, classes: ResNet(channels, classes, n=3),
+}
+
+
+def parameters_by_decay(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decayed, not decayed): weight decay acts on weight matrices and kernels, not on biases and BatchNorm."""
+    parameters = list(net.parameters())
+    return [p for p in parameters if decays(p)], [p for p in parameters if not decays(p)]
+
+
+def decays(parameter: Tensor) -> bool:
+    return parameter.ndim >= 2
+
