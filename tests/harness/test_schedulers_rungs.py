@@ -113,7 +113,7 @@ def test_rung_system_without_levels_promotes_nothing():
 
 
 @given(values=st.lists(VALUES, max_size=40), mode=MODES)
-def test_rung_system_promotes_each_trial_once_per_level_and_from_the_top(values, mode):
+def test_rung_system_promotes_each_trial_once_per_level_and_in_order(values, mode):
     system = RungSystem([1, 3, 9], 27, mode)
     for trial_id, value in enumerate(values):
         system[1].insert(Entry(trial_id, value))
@@ -124,7 +124,9 @@ def test_rung_system_promotes_each_trial_once_per_level_and_from_the_top(values,
         if milestone < 27:
             system[milestone].insert(Entry(trial_id, values[trial_id]))
     assert len(promoted) == len(set(promoted))
-    assert system.promote(below=27) is None
+    for trial_id, milestone in promoted:
+        lower = {m for t, m in promoted if t == trial_id and m < milestone}
+        assert lower == {m for m in (3, 9) if m < milestone}
 
 
 def test_withdrawn_trial_leaves_unless_it_was_promoted():
