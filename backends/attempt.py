@@ -131,7 +131,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread of ``parent`` that started it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    """Have the kernel kill this process when the thread of ``parent`` that started it ends (prctl(2))."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before prctl

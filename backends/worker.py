@@ -1,9 +1,9 @@
 """The warm worker: a process that keeps torch, the data set and the GPU context, and runs one trial after another.
 
-Started by ``WorkerPool`` as ``python -m backends.worker``; reads one line of JSON (where to connect, the key, its limits)
+Started by ``WorkerPool`` as ``python -m backends.worker``; reads one line of JSON (where to connect, the key, limits)
 from stdin. Messages are JSON bytes both ways:
 
-    in    {"m": "start", "key", "spec"}    {"m": "stop", "key"}    {"m": "prepare", "generation", "function", "settings"}
+    in    {"m": "start", "key", "spec"}   {"m": "stop", "key"}   {"m": "prepare", "generation", "function", "settings"}
     out   {"m": "hello", "spawn", "pid"}   {"m": "ready", "device"}   {"m": "prepared", "generation", "error", "user"}
           {"m": "report", "key", "report"}   {"m": "done", "key", "kind", "reason", "replace"}
 
