@@ -181,7 +181,7 @@ def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame, budget: Mapping[
 
 def _pair(cells: pd.DataFrame, off: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
     """Pairs of finished cells (index seed, columns with suffixes _on and _off), and the seeds that form none."""
-    both = cells.set_index("seed").join(off.set_index("seed"), lsuffix="_on", rsuffix="_off", how="inner")
+    both = cells.set_index("seed").add_suffix("_on").join(off.set_index("seed").add_suffix("_off"), how="inner")
     finished = (both["status_on"] == "finished") & (both["status_off"] == "finished")
     here, there = set(cells["seed"]), set(off["seed"])
     missing = {

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -31,11 +32,11 @@ RULES = (
     "effect: median over pairs (finished cells of one seed) of 1 - T/T_off, positive = sooner than off; 95 % bootstrap "
     "interval over pairs. Neither reached tau: 0. Only one did: the ratio is bounded by T > B of the other; where that "
     "leaves the median open, its bounds are shown (>, <, to) and the interval covers all of it.",
-    "p: two-sided Wilcoxon signed-rank, exact up to 200 pairs. Neither reached tau: tie (Pratt). Only one did: it wins, "
-    "ranked by B - T.",
+    "p: two-sided Wilcoxon signed-rank, exact up to 200 pairs. Neither reached tau: tie (Pratt). Only one did: it "
+    "wins, ranked by B - T.",
     "scores: medians over cells (validation best, and the test score of that incumbent). busy hours: mean per cell. "
-    "warm/busy: warm starts' share of busy time without test evaluation; warm/FLOPs: of all FLOPs. memory: median over "
-    "cells of the peak. fallbacks: share of warm-started trials.",
+    "warm / busy: warm starts' share of busy time without test evaluation; warm / FLOPs: of all FLOPs. memory: median "
+    "over cells of the peak. fallbacks: share of warm-started trials.",
     "Unfinished cells count in every column as they stand now (censored there), but form no pairs.",
 )
 
@@ -64,8 +65,8 @@ def _time_table(comparison: Comparison, unit: str) -> Table:
 
 
 def _score_table(comparison: Comparison) -> Table:
-    header = ("variant", "best val", "its test", "warm/busy", "warm/FLOPs", "memory train", "memory warm", "fallbacks",
-              "failed trials")  # fmt: skip
+    header = ("variant", "best val", "its test", "warm / busy", "warm / FLOPs", "memory train", "memory warm",
+              "fallbacks", "failed trials")  # fmt: skip
     rows = [
         (
             v.variant,
@@ -222,7 +223,7 @@ def _print(table: Table, console: Console) -> None:
         for line in plain_lines(table):
             _say(console, line)
         return
-    rich_table = RichTable(title=table.title, title_justify="left", title_style="bold")
+    rich_table = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.header):
         rich_table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in table.rows:
