@@ -81,6 +81,8 @@ class Categorical:
     def __post_init__(self) -> None:
         if not self.choices:
             raise SpaceError("a categorical hyperparameter needs at least one choice")
+        if len({type(choice) for choice in self.choices}) > 1:  # Syne Tune's rule
+            raise SpaceError(f"choices must all have one type, got {list(self.choices)}")
 
     def sample(self, rng: np.random.Generator) -> Any:
         return self.choices[int(rng.integers(len(self.choices)))]
@@ -143,7 +145,7 @@ class Space:
     @classmethod
     def from_config_space(cls, config_space: Mapping[str, Any]) -> "Space":
         """Read Syne Tune's ``uniform, loguniform, randint, lograndint, choice, ordinal, finrange``; others raise
-        SpaceError."""
+        SpaceError. An ordinal (of either kind) or finite range is sampled uniformly over its values."""
         from syne_tune import config_space as st
 
         domains = {k: _named(k, _from_syne_tune, v) for k, v in config_space.items() if isinstance(v, st.Domain)}
