@@ -348,17 +348,20 @@ def time_to(tau: float, score: Sequence[float], time: Sequence[float], mode: str
     return None
 
 
-def summarize(config: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(
+    config: Mapping[str, Any], events: Sequence[Mapping[str, Any]], columns: Mapping[str, list[Any]] | None = None
+) -> dict[str, Any]:
     """The content of summary.json.
 
     busy: seconds by kind; gpu_hours: busy hours without test evaluation; wallclock: seconds; peak_memory: bytes;
     flops: counts; t_tau: by target, seconds and GPU-hours until the incumbent's test (or the best validation) score
     reached it, None = censored; warm_start_share: of busy time without test evaluation, and of FLOPs.
+    columns: ``report_columns`` of the events, where the caller has them already.
     An event other than a report may carry ``busy`` and ``flops`` too (what a failed attempt had spent).
     """
     task = config["task"]
     mode = task.get("mode", "max")
-    columns = report_columns(events, mode)
+    columns = columns or report_columns(events, mode)
     totals = _totals(events)
     return {
         "labels": config["labels"],

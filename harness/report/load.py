@@ -104,8 +104,8 @@ def _load_cell(paths: CellPaths, warnings: list[str]) -> tuple[dict[str, Any], d
         if fatal:
             more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
             raise RecordError(f"{fatal[0]}{more}")
-        computed = summarize(config, events)
         columns = report_columns(events, task.get("mode", "max"))
+        computed = summarize(config, events, columns)
         row = {
             "cell": paths.folder,
             **{key: labels[key] for key in ("task", "scheduler", "variant")},
