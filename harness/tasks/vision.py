@@ -21,6 +21,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from backends.context import TrialFailed, UserError
 from harness.seeds import rng, torch_seed
@@ -154,14 +156,13 @@ class ImageTask:
         return (images.to(dtype) - self.mean.to(dtype)) / self.std.to(dtype)
 
     def _flops_per_image(self) -> int:
-        """FLOPs of a training step per image, by torch's counter on 4 images: FLOPs of convolutions and matrix products
-        (all it counts) are proportional to the batch size."""
-        from torch.utils.flop_counter import FlopCounterMode
+        """FLOPs of a training step per image, counted on 4: those of convolutions and matrix products (all that torch's
+        counter counts) are proportional to the batch size."""
+        from harness.ohgw.cost import count_flops
 
         net, part = self.network(0), self.parts["train"]
-        with FlopCounterMode(display=False) as counter:
-            F.cross_entropy(net(self.normalised(part.images[:4])), part.labels[:4]).backward()
-        return counter.get_total_flops() // 4
+        images, labels = self.normalised(part.images[:4]), part.labels[:4]
+        return count_flops(lambda: F.cross_entropy(net(images), labels).backward()) // 4
 
 
 class Digits(ImageTask):
@@ -192,6 +193,37 @@ class Cifar10(ImageTask):
         return {"train": Part(images[train], labels[train]), "validation": Part(images[validation], labels[validation]), "test": test}
 
 
+class Sgd:
+    """``torch.optim.SGD``, heavy-ball or Nesterov, with weight decay on weight matrices and kernels only.
+
+    It is that class's functional form: the class itself imports torch._dynamo on first use, 4 s for every fresh worker.
+    ``param_groups`` is what GradScaler asks of an optimizer. ``buffers`` are the momentum, zeros before the first step.
+    """
+
+    def __init__(self, net: nn.Module, config: Mapping[str, Any]):
+        groups = models.parameters_by_decay(net)
+        self.param_groups = [{"params": params} for params in groups]
+        self.decays = (config["wd"], 0.0)
+        self.lr, self.momentum = config["lr"], config["momentum"]
+        self.nesterov = bool(config["nesterov"]) and self.momentum > 0  # the same thing without momentum
+        self.buffers = [torch.zeros_like(p) for params in groups for p in params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters, all of which must have gradients, with one fused kernel for each kind of decay."""
+        buffers = iter(self.buffers)
+        for group, decay in zip(self.param_groups, self.decays, strict=True):
+            params = group["params"]
+            gradients = [p.grad for p in params]
+            sgd(params, gradients, list(islice(buffers, len(params))), weight_decay=decay, momentum=self.momentum, lr=self.lr,
+                dampening=0, nesterov=self.nesterov, maximize=False, has_sparse_grad=False, foreach=False, fused=True)  # fmt: skip
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
 class ImageRun:
     """One configuration in training: SGD on random batches, the last incomplete one of an epoch left out."""
 
@@ -204,7 +236,7 @@ class ImageRun:
     def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Train with ``config`` from now on; only before epoch 1, since it forgets the momentum."""
         self.config = {**DEFAULTS, **config}
-        self.optimizer = sgd(self.net, self.config)
+        self.optimizer = Sgd(self.net, self.config)
 
     def train_epoch(self, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Train one epoch; None (and a run to be thrown away) if ``should_stop`` said so before a batch.
@@ -289,14 +321,14 @@ class ImageRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, BatchNorm, momentum and the epoch; hyperparameters belong to the configuration."""
-        return {"epoch": self.epoch, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()["state"],
+        return {"epoch": self.epoch, "net": self.net.state_dict(), "momentum": self.optimizer.buffers,
                 "scaler": self.scaler.state_dict()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for buffer, saved in zip(self.optimizer.buffers, state["momentum"], strict=True):
+            buffer.copy_(saved)
         self.scaler.load_state_dict(state["scaler"])
 
     def _batches(self) -> Any:
@@ -325,17 +357,7 @@ class ImageRun:
             return
         steps = len(self.task.parts["train"]) // self.task.batch_size
         progress = (self.epoch + step / steps) / self.task.max_epochs
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def sgd(net: nn.Module, config: Mapping[str, Any]) -> torch.optim.SGD:
-    """Heavy-ball (or Nesterov) SGD, weight decay on weight matrices and kernels only; one fused kernel a step."""
-    decayed, rest = models.parameters_by_decay(net)
-    groups = [{"params": decayed, "weight_decay": config["wd"]}, {"params": rest, "weight_decay": 0.0}]
-    momentum = config["momentum"]
-    nesterov = bool(config["nesterov"]) and momentum > 0  # the same thing without momentum, which torch refuses
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=config["lr"], momentum=momentum, nesterov=nesterov, fused=True)
+        self.optimizer.lr = self.config["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def autocast_dtype(precision: str, device: torch.device, mixed: bool) -> torch.dtype | None:
