@@ -1,0 +1,298 @@
+"""One warm start: from a sampled configuration x to x'.
+
+result = warm_start(config, space, problem, Settings(estimator="lookahead", step="normalized", eta=0.1), rng)
+result.config      # x', to train with
+result.record()    # what to report (JSON-able)
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+
+from harness.ohgw.coordinates import Coordinate
+from harness.ohgw.estimators import (
+    Batch,
+    Estimate,
+    MissingGradient,
+    Momentum,
+    Problem,
+    direct,
+    finite_difference,
+    finite_step,
+    lookahead,
+    lookahead_objective,
+)
+from harness.ohgw.step import displacement, length, shares, step
+from harness.space import Space
+
+Estimator = Literal["off", "direct", "lookahead", "finite_difference", "random"]
+Rule = Literal["raw", "unit", "normalized", "sign"]
+MomentumSpace = Literal["linear", "log1m"]
+Probe = Literal["train", "val"]
+
+NO_DERIVATIVE = re.compile(
+    r"not implemented|derivative for|double backward|differentiate twice|does not require grad|does not have a grad_fn",
+    re.IGNORECASE,
+)
+DRAWS = 1000  # directions tried before a random move is clipped; near a corner of the 5-dimensional cube 1 in 32 fits
+
+
+def _key(help: str, **limits: Any) -> dict[str, Any]:
+    return {"help": help, **limits}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A warm-start variant. Raises ValueError, naming what is possible, for values out of range."""
+
+    estimator: Estimator = field(
+        default="lookahead",
+        metadata=_key("where the hyper-gradient comes from; off: no warm start", choices=get_args(Estimator)),
+    )
+    step: Rule = field(
+        default="raw",
+        metadata=_key(
+            "raw: -eta * gradient; unit: the same in unit coordinates; normalized: length eta there; sign: eta each",
+            choices=get_args(Rule),
+        ),
+    )
+    eta: float = field(default=1e-3, metadata=_key("step size", min=0.0, max=1e6))
+    n_steps: int = field(
+        default=1, metadata=_key("steps, each with a fresh batch pair at the same initial weights", min=1, max=1000)
+    )
+    mask: tuple[str, ...] = field(default=(), metadata=_key("hyperparameters that stay frozen"))
+    probe: Probe = field(
+        default="train", metadata=_key("split that the lookahead's second batch comes from", choices=get_args(Probe))
+    )
+    momentum: Momentum = field(
+        default="impulse",
+        metadata=_key(
+            "the lookahead's update: all that one gradient moves the weights (impulse), or the first step",
+            choices=get_args(Momentum),
+        ),
+    )
+    momentum_space: MomentumSpace = field(
+        default="linear", metadata=_key("momentum's psi: itself, or log(1 - momentum)", choices=get_args(MomentumSpace))
+    )
+    batch_size: int = field(default=128, metadata=_key("mini-batch of the warm start", min=1, max=1_000_000))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mask, str) or not all(isinstance(name, str) for name in self.mask):
+            raise ValueError(f"mask must be a list of hyperparameter names, got {self.mask!r}")
+        object.__setattr__(self, "mask", tuple(self.mask))
+        for item in dataclasses.fields(self):
+            _check(item.name, getattr(self, item.name), type(item.default), item.metadata)
+
+
+def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(metadata['choices'])}; got {value!r}")
+    if "min" in metadata:
+        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not (number and metadata["min"] <= value <= metadata["max"]):
+            what = "a number" if kind is float else "an integer"
+            raise ValueError(f"{name} must be {what} in [{metadata['min']}, {metadata['max']}], got {value!r}")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a warm start did. Moves and lengths are in unit coordinates of psi.
+
+    ``flops`` and ``peak_memory`` (bytes) are 0 until the caller, who knows how to measure them on its device, fills
+    them in with ``dataclasses.replace``."""
+
+    x: dict[str, Any]
+    config: dict[str, Any]
+    """x': a hyperparameter that did not move has x's own value, to the last bit."""
+    settings: Settings
+    estimator: str
+    """The one used: the one asked for, "finite_difference" after a fallback, "none" if F was not finite (x' = x)."""
+    fallback: str | None
+    """Why it is not what was asked for."""
+    gradient: dict[str, float]
+    """dF/dpsi at x (``random``: of the lookahead whose length it takes)."""
+    displacement: dict[str, float]
+    loss: float | None
+    """The objective at x."""
+    seconds: float
+    flops: int = 0
+    peak_memory: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able record for the trial's first report."""
+        return {
+            "requested": self.settings.estimator,
+            "estimator": self.estimator,
+            "fallback": self.fallback,
+            "step": self.settings.step,
+            "n_steps": self.settings.n_steps,
+            "batch_size": self.settings.batch_size,
+            "x": self.x,
+            "x_prime": self.config,
+            "gradient": self.gradient,
+            "displacement": self.displacement,
+            "length": length(self.displacement),
+            "share": shares(self.displacement),
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "flops": self.flops,
+            "peak_memory": self.peak_memory,
+        }
+
+
+def warm_start(
+    config: Mapping[str, Any],
+    space: Space,
+    problem: Problem,
+    settings: Settings,
+    rng: np.random.Generator | None = None,
+) -> WarmStart:
+    """One warm start of ``config`` (x). ``rng`` is needed, and drawn from, by the estimator ``random`` only.
+
+    Moves the continuous hyperparameters of ``space`` that ``problem`` has a gradient for and ``settings.mask`` does not
+    freeze. Each of the ``n_steps`` steps takes ``problem.draw(i)`` and the gradient at the psi reached so far.
+
+    Fallbacks, all recorded: a gradient that is missing, not implemented or not finite gives way to finite differences;
+    if they fail as well, x' = x. Other errors of the model or the losses, lack of memory among them, are raised.
+    ``random`` first runs the lookahead with the same settings, for its length and so that both cost the same.
+    Raises ValueError for the estimator ``off``, for a mask of unknown names, and for ``random`` without ``rng``."""
+    if settings.estimator == "off":
+        raise ValueError("the estimator is 'off': there is no warm start to do")
+    if settings.estimator == "random" and rng is None:
+        raise ValueError("the estimator 'random' needs a random generator")
+    started = _now(problem.device)
+    coordinates = _free_coordinates(config, space, problem, settings)
+    walk = _descend(config, problem, settings, coordinates)
+    if settings.estimator == "random" and walk.estimator != "none":
+        walk = _scatter(walk, coordinates, cast(np.random.Generator, rng))
+    return WarmStart(
+        x=dict(config),
+        config=_configuration(config, walk, coordinates),
+        settings=settings,
+        estimator=walk.estimator,
+        fallback="; ".join(walk.reasons) or None,
+        gradient=walk.first.gradient if walk.first else {},
+        displacement=displacement(walk.start, walk.end, coordinates),
+        loss=walk.first.loss if walk.first else None,
+        seconds=_now(problem.device) - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The way from psi ``start`` to psi ``end``; ``first``: the first step's estimate."""
+
+    start: dict[str, float]
+    end: dict[str, float]
+    estimator: str
+    reasons: Sequence[str]
+    first: Estimate | None
+
+
+def _free_coordinates(
+    config: Mapping[str, Any], space: Space, problem: Problem, settings: Settings
+) -> dict[str, Coordinate]:
+    unknown = set(settings.mask) - set(space.continuous)
+    if unknown:
+        raise ValueError(f"mask names {', '.join(sorted(unknown))}; this space has {', '.join(space.continuous)}")
+    free = [name for name in space.continuous if name in problem.movable and name not in settings.mask]
+    log1m = {problem.update.momentum} if settings.momentum_space == "log1m" else set()
+    return {name: Coordinate(space.continuous[name], log1m=name in log1m) for name in free}
+
+
+def _descend(
+    config: Mapping[str, Any], problem: Problem, settings: Settings, coordinates: Mapping[str, Coordinate]
+) -> _Walk:
+    """The steps of every estimator (``random``: of the lookahead)."""
+    start = {name: x.psi(config[name]) for name, x in coordinates.items()}
+    walk = _Walk(start, start, settings.estimator, [], None)
+    for i in range(settings.n_steps):
+        here = _configuration(config, walk, coordinates)
+        estimate, why = _estimate(here, problem, settings, coordinates, problem.draw(i))
+        reasons = [*walk.reasons, *(f"step {i + 1}: {reason}" if settings.n_steps > 1 else reason for reason in why)]
+        if estimate is None:
+            return _Walk(start, start, "none", reasons, walk.first)
+        end = step(settings.step, settings.eta, estimate.gradient, walk.end, coordinates)
+        used = "finite_difference" if why and settings.estimator != "random" else walk.estimator
+        walk = _Walk(start, end, used, reasons, walk.first or estimate)
+    return walk
+
+
+def _configuration(config: Mapping[str, Any], walk: _Walk, coordinates: Mapping[str, Coordinate]) -> dict[str, Any]:
+    """``config`` at psi ``walk.end``; what has not moved keeps its own value (exp(log(x)) is not always x)."""
+    moved = {name: x.value(walk.end[name]) for name, x in coordinates.items() if walk.end[name] != walk.start[name]}
+    return {**config, **moved}
+
+
+def _estimate(
+    config: Mapping[str, Any],
+    problem: Problem,
+    settings: Settings,
+    coordinates: Mapping[str, Coordinate],
+    batches: tuple[Batch, Batch],
+) -> tuple[Estimate | None, list[str]]:
+    """The estimate, by finite differences if need be, None if they fail as well; and the reasons of the failures."""
+
+    def differences() -> Estimate:
+        def objective(trial: Mapping[str, Any]) -> float:
+            return lookahead_objective(problem, trial, batches, settings.momentum)
+
+        return finite_difference(objective, config, coordinates, finite_step(problem))
+
+    attempts: dict[str, Callable[[], Estimate]] = {
+        "lookahead": lambda: lookahead(problem, config, batches, coordinates, settings.momentum),
+        "direct": lambda: direct(problem, config, batches, coordinates),
+    }
+    first = attempts.get("lookahead" if settings.estimator == "random" else settings.estimator)
+    reasons: list[str] = []
+    for name, attempt in (("" if first is None else settings.estimator, first), ("finite_difference", differences)):
+        if attempt is not None:
+            estimate, reason = _attempt(attempt)
+            if estimate is not None:
+                return estimate, reasons
+            reasons.append(f"{name}: {reason}")
+    return None, reasons
+
+
+def _attempt(estimator: Callable[[], Estimate]) -> tuple[Estimate | None, str]:
+    """The estimate, or None and why it is of no use."""
+    try:
+        estimate = estimator()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, MissingGradient) and not NO_DERIVATIVE.search(str(error)):
+            raise
+        return None, str(error).splitlines()[0]
+    if estimate.not_finite:
+        return None, f"not finite: {', '.join(estimate.not_finite)}"
+    return estimate, ""
+
+
+def _scatter(walk: _Walk, coordinates: Mapping[str, Coordinate], rng: np.random.Generator) -> _Walk:
+    """A move of the same length in a random direction, redrawn until it ends inside the bounds."""
+    radius = length(displacement(walk.start, walk.end, coordinates))
+    if radius == 0.0:
+        return walk
+    for _ in range(DRAWS):
+        direction = rng.standard_normal(len(coordinates))
+        move = dict(zip(coordinates, (radius * direction / np.linalg.norm(direction)).tolist(), strict=True))
+        end = {name: walk.start[name] + move[name] * x.width for name, x in coordinates.items()}
+        if all(x.bounds[0] <= end[name] <= x.bounds[1] for name, x in coordinates.items()):
+            return dataclasses.replace(walk, end=end)
+    clipped = {name: min(max(end[name], x.bounds[0]), x.bounds[1]) for name, x in coordinates.items()}
+    reason = f"random: no direction of length {radius:.3g} inside the bounds in {DRAWS} draws, clipped"
+    return dataclasses.replace(walk, end=clipped, reasons=[*walk.reasons, reason])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of a monotonic clock, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
