@@ -69,9 +69,7 @@ def _main(argv: list[str], conf: Path) -> int:
         print(help_page(Conf(conf)), end="")
         return 0
     if options.version:
-        from importlib.metadata import version
-
-        print(version("ohgw-harness"))
+        print(f"ohgw-harness {_version()}")
         return 0
     plan = sweep.make_plan(overrides, conf)
     if options.cfg:
@@ -82,6 +80,15 @@ def _main(argv: list[str], conf: Path) -> int:
     from harness.runner import run_sweep
 
     return run_sweep(plan, json_output=options.json)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ohgw-harness")
+    except PackageNotFoundError:
+        return f"(not installed, run from {CONF.parent})"
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -53,17 +53,19 @@ class Scheduler:
 
 @dataclass
 class Ohgw:
+    """The limits of ``harness.ohgw.Settings``, which needs torch to be imported."""
+
     estimator: str = option("hyper-gradient", choices="off lookahead direct finite_difference random")
     step: str = option("rule that turns the gradient into a move", choices="raw unit normalized sign")
-    eta: float = option("size of the step", min=0)
-    n_steps: int = option("steps, each on a fresh pair of batches", min=1)
+    eta: float = option("size of the step", min=0, max=1e6)
+    n_steps: int = option("steps, each on a fresh pair of batches", min=1, max=1000)
     mask: list[str] | None = option(  # noqa: RUF009 (a dataclass field, not a shared default)
         "hyperparameters that must not move, as [lr,wd]"
     )
     probe: str = option("where lookahead's second batch comes from", choices="train val")
     momentum: str = option("how one gradient moves the weights under momentum", choices="impulse first_step")
     momentum_space: str = option("coordinate of momentum", choices="linear log1m")
-    batch_size: int = option("examples of one estimate", min=1)
+    batch_size: int = option("examples of one estimate", min=1, max=1_000_000)
 
 
 @dataclass

@@ -413,9 +413,11 @@ class _Sweep:
         """What the chosen YAML files say by themselves, without the experiment and the command line."""
         from omegaconf import OmegaConf
 
-        chosen = {group: choice for group, choice in composed.choices.items() if group != "experiment"}
-        plain = self.source.compose(chosen) if self.experiment else composed
-        return check_config(OmegaConf.to_container(plain.tree, resolve=True))  # type: ignore[arg-type]
+        base = {}
+        for group in ("task", "scheduler", "ohgw"):
+            pure = self.source.compose({group: composed.choices[group]}) if self.experiment else composed
+            base[group] = OmegaConf.to_container(pure.tree, resolve=True)[group]  # type: ignore[index, call-overload]
+        return check_config(base)
 
     def check_applied(self, given: Mapping[str, Override]) -> None:
         for key in given:
@@ -473,6 +475,9 @@ def _cross_check(config: Mapping[str, Any]) -> None:
         if name not in space.continuous:
             advice = near(name, space.continuous)
             raise UserError(f"ohgw.mask: {shown(name)} is no continuous hyperparameter of {task['space']}{advice}")
+    momentum = space.continuous.get("momentum")
+    if config["ohgw"].get("momentum_space") == "log1m" and momentum and momentum.upper >= 1:
+        raise UserError(f"ohgw.momentum_space=log1m needs an upper bound of momentum below 1, not {momentum.upper:g}")
 
 
 def _space(task: Mapping[str, Any]) -> Space:
