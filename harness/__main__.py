@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, conf: Path = CONF) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv), conf)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return EXIT_WRONG
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

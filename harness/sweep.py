@@ -137,6 +137,17 @@ class Conf:
         return lists
 
 
+def _resolved(tree: Any) -> dict[str, Any]:
+    """A composed tree as plain containers, interpolations replaced."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the YAML files do not compose: {str(error).splitlines()[0]}") from None
+
+
 # ---- cells
 
 
@@ -215,7 +226,9 @@ def _label(choice: str, now: Mapping[str, Any], base: Mapping[str, Any], group: 
 
 def _compact(value: Any) -> str:
     if isinstance(value, list):
-        return "+".join(map(str, value))
+        return "+".join(map(_compact, value))
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"
     return _digest(value) if isinstance(value, Mapping) else as_text(value)
 
 
@@ -240,7 +253,10 @@ def make_plan(overrides: Sequence[str], conf: Path = CONF) -> Plan:
     sweep = _Sweep(source, choice, set(given))
     cells: list[Cell] = []
     for words in source.sweep_lists(choice):
-        listed = {k: v for k, v in _parse_all(words, source).items() if not _replaced(k, given)}
+        try:
+            listed = {k: v for k, v in _parse_all(words, source).items() if not _replaced(k, given)}
+        except UserError as error:
+            raise UserError(f"sweep of experiment={choice}: {error}") from None
         cells += sweep.cells({**listed, **given})
     sweep.check_applied(given)
     plan = Plan(_in_order(_merged(cells)), argv=list(overrides))
@@ -395,8 +411,8 @@ class _Sweep:
                 literals[key] = value
             else:
                 OmegaConf.update(tree, key, value, merge=False)
-        tree.seed = 0
-        config = check_config(OmegaConf.to_container(tree, resolve=True))  # type: ignore[arg-type]
+        tree.seed = "???"  # missing: a YAML that refers to ${seed} is refused, not silently given one cell's seed
+        config = check_config(_resolved(tree) | {"seed": 0})
         for key, value in literals.items():
             section, _, name = key.rpartition(".")
             (config[section] if section else config)[name] = value
@@ -411,12 +427,10 @@ class _Sweep:
 
     def _base(self, composed: Composed) -> dict[str, Any]:
         """What the chosen YAML files say by themselves, without the experiment and the command line."""
-        from omegaconf import OmegaConf
-
         base = {}
         for group in ("task", "scheduler", "ohgw"):
             pure = self.source.compose({group: composed.choices[group]}) if self.experiment else composed
-            base[group] = OmegaConf.to_container(pure.tree, resolve=True)[group]  # type: ignore[index, call-overload]
+            base[group] = _resolved(pure.tree)[group]
         return check_config(base)
 
     def check_applied(self, given: Mapping[str, Override]) -> None:
@@ -484,10 +498,13 @@ def _space(task: Mapping[str, Any]) -> Space:
     if task["space"] not in task["spaces"]:
         raise UserError(f"task.space: there is no space {shown(task['space'])}{near(task['space'], task['spaces'])}")
     try:
-        return Space.from_spec(task["spaces"][task["space"]])
+        space = Space.from_spec(task["spaces"][task["space"]])
     except (SpaceError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"task.spaces.{task['space']}: {reason}") from None
+    if not len(space):
+        raise UserError(f"task.spaces.{task['space']} has no hyperparameters")
+    return space
 
 
 def _merged(cells: Iterable[Cell]) -> list[Cell]:

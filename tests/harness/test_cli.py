@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
@@ -55,6 +56,7 @@ WRONG = [  # arguments, what the message must say
     (["task.model=cn"], "did you mean cnn"),
     (["task.space=bogus"], "there is no space 'bogus'"),
     (["task.spaces.study5.lr.upper=1e-9"], "lower < upper"),
+    (["task.spaces.study5={}"], "has no hyperparameters"),
     (["task.label_noise=1.5"], "must be a number >= 0 and <= 1"),
     (["task._target_=os.system"], "task._target_ is set by the YAML file"),
     (["task.data_dir=/no/such/folder"], "there is no folder /no/such/folder"),
@@ -179,20 +181,18 @@ def test_dry_run_shows_the_plan_and_its_state(here, capsys):
 
 
 def test_the_plan_goes_to_the_runner(here, monkeypatch):
-    import types
-
     asked = []
-    runner = types.SimpleNamespace(
-        run_sweep=lambda plan, *, json_output: asked.append((len(plan.cells), json_output)) or 1
-    )
-    monkeypatch.setitem(sys.modules, "harness.runner", runner)
+
+    def run_sweep(plan, *, json_output):
+        asked.append((len(plan.cells), json_output))
+        return 1
+
+    monkeypatch.setitem(sys.modules, "harness.runner", types.SimpleNamespace(run_sweep=run_sweep))
     assert main(["seed=0..4", "--json", "--multirun"]) == 1
     assert asked == [(5, True)]
 
 
 def test_interrupted_while_running(here, monkeypatch, capsys):
-    import types
-
     def interrupted(plan, *, json_output):
         raise KeyboardInterrupt
 

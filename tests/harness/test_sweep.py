@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import re
+import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -234,7 +236,7 @@ def test_the_schema_of_ohgw_has_the_limits_of_its_settings():
     assert {f"ohgw.{name}" for name in names} == {name for name in known_keys() if name.startswith("ohgw.")}
     for field in dataclasses.fields(Settings):
         key = known_keys()[f"ohgw.{field.name}"]
-        limits = {"choices": (), "min": None, "max": None} | dict(field.metadata)
+        limits: dict[str, Any] = {"choices": (), "min": None, "max": None} | dict(field.metadata)
         assert (set(key.choices), key.min, key.max) == (set(limits["choices"]), limits["min"], limits["max"]), key.name
 
 
@@ -252,7 +254,12 @@ def test_a_sweep_is_the_product_of_all_lists_seed_by_seed(plan):
 def test_hydra_composes_once_for_each_combination_of_groups(conf, monkeypatch):
     calls = []
     compose = Conf._compose
-    monkeypatch.setattr(Conf, "_compose", lambda self, chosen: calls.append(dict(chosen)) or compose(self, chosen))
+
+    def counted(self, chosen):
+        calls.append(chosen)
+        return compose(self, chosen)
+
+    monkeypatch.setattr(Conf, "_compose", counted)
     assert (
         len(make_plan(["scheduler=asha,pasha", "ohgw=off,on", "seed=0..49", "task.batch_size=32,64"], conf).cells)
         == 400
@@ -263,10 +270,10 @@ def test_hydra_composes_once_for_each_combination_of_groups(conf, monkeypatch):
 def test_a_key_applies_where_it_exists(plan):
     cells = plan("scheduler=asha,pasha,random", "scheduler.eta=2,4").cells
     assert [c.scheduler for c in cells] == [
-        "asha(eta=2.0)",
-        "asha(eta=4.0)",
-        "pasha(eta=2.0)",
-        "pasha(eta=4.0)",
+        "asha(eta=2)",
+        "asha(eta=4)",
+        "pasha(eta=2)",
+        "pasha(eta=4)",
         "random",
     ]
     with pytest.raises(UserError, match=r"scheduler\.eta is no key of scheduler=random"):
@@ -278,7 +285,7 @@ def test_labels_are_the_choice_plus_what_was_changed(plan):
     assert one(plan, "ohgw.eta=0.2", "ohgw.mask=[wd,lr]").variant == "on(eta=0.2,mask=lr+wd)"
     assert one(plan, "ohgw.eta=1e-3").variant == "on"
     cell = one(plan, "task.batch_size=64", "task.tau=0.5", "scheduler.eta=2")
-    assert (cell.task, cell.scheduler) == ("toy(batch_size=64)", "asha(eta=2.0)")
+    assert (cell.task, cell.scheduler) == ("toy(batch_size=64)", "asha(eta=2)")
     assert cell.config["labels"]["preset"] == "on"
 
 
@@ -330,7 +337,7 @@ def test_the_tilde_is_the_home_directory(plan, monkeypatch):
 
 # ---- identity
 
-FROZEN = {
+FROZEN: dict[str, Any] = {
     "task": {
         "_target_": "t.Toy",
         "model": "mlp",
@@ -464,10 +471,23 @@ def test_a_malformed_sweep_is_named(plan):
 
 
 def test_yaml_files_that_do_not_compose_are_the_users_to_mend(conf, tmp_path):
-    import shutil
-
     shutil.copytree(conf, tmp_path / "conf")
     (tmp_path / "conf" / "task" / "toy.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="do not compose"):
+        make_plan([], tmp_path / "conf")
+
+
+def test_a_wrong_override_in_a_sweep_is_named_with_its_experiment(conf, tmp_path):
+    shutil.copytree(conf, tmp_path / "conf")
+    (tmp_path / "conf" / "experiment" / "broken.yaml").write_text('# @package _global_\nsweep: [["seed=5..1"]]\n')
+    with pytest.raises(UserError, match=r"sweep of experiment=broken: seed=5\.\.1 is an empty range"):
+        make_plan(["experiment=broken"], tmp_path / "conf")
+
+
+@pytest.mark.parametrize("value", ["${seed}", "${nothing}"])
+def test_a_yaml_that_refers_to_the_seed_or_to_nothing_is_refused(conf, tmp_path, value):
+    shutil.copytree(conf, tmp_path / "conf")
+    (tmp_path / "conf" / "scheduler" / "asha.yaml").write_text(f"eta: {value}")
     with pytest.raises(UserError, match="do not compose"):
         make_plan([], tmp_path / "conf")
 
