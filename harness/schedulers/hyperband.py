@@ -83,10 +83,12 @@ class Bracket:
         if self.complete:
             self.slots = []
             return
-        sign = 1.0 if self._mode == "min" else -1.0
-        ranked = sorted((sign * s.value, k) for k, s in enumerate(self.slots) if s.value is not None)
         size = self._rungs[self._index][0]
-        self.slots = [Slot(self.slots[k].trial_id) for _, k in ranked[:size]]
+        sign = 1.0 if self._mode == "min" else -1.0
+        reported = [(sign * s.value, k) for k, s in enumerate(self.slots) if s.value is not None]
+        if len(reported) >= size:  # too few for the next rung stay in slot order, as published
+            reported = sorted(reported)[:size]
+        self.slots = [Slot(self.slots[k].trial_id) for _, k in reported]
 
 
 @dataclass

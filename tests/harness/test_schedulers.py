@@ -173,6 +173,12 @@ def test_hyperband_goes_on_when_all_of_a_rung_failed():
     assert driver.trials[3].config["epochs"] == 3  # the first bracket is over
 
 
+def test_hyperband_makes_a_rung_smaller_when_too_few_trials_are_left():
+    driver = Driver(make(Hyperband, max_t=9))  # first bracket: 9@1, 3@3, 1@9
+    driver.report_first([math.nan, 2.0, math.nan, 1.0, *[math.nan] * 5])
+    assert [driver.suggest() for _ in range(3)] == [1, 3, 9]
+
+
 def test_hyperband_does_not_resume_a_promoted_trial_that_has_failed():
     driver = Driver(make(Hyperband, max_t=3))
     driver.report_first([2.0, 1.0, 3.0])
