@@ -127,7 +127,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Python's, torch's CUDA and torch's CPU allocator's ways of saying it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def die_with_parent(parent: int) -> None:

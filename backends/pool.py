@@ -162,6 +162,7 @@ class WorkerPool:
         for worker in self._workers:
             if worker.connection:
                 worker.connection.close()
+        self._wake.close()
         self._workers, self._queue = [], deque()
 
     def wait_ready(self, timeout: float = 600.0) -> None:

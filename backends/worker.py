@@ -47,8 +47,7 @@ class Interpreter:
             return
         self._torch = {
             "dtype": torch.get_default_dtype(),
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "deterministic": _determinism(torch),
             "matmul": torch.get_float32_matmul_precision(),
             "cudnn": {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "deterministic", "allow_tf32")},
         }
@@ -70,7 +69,9 @@ class Interpreter:
         torch.set_grad_enabled(True)
         torch.set_default_dtype(state["dtype"])
         torch.set_default_device(None)
-        torch.use_deterministic_algorithms(state["deterministic"], warn_only=state["warn_only"])
+        if _determinism(torch) != state["deterministic"]:  # the setter imports torch's compiler: seconds
+            enabled, warn_only = state["deterministic"]
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.set_float32_matmul_precision(state["matmul"])
         torch.autograd.set_detect_anomaly(False)
         torch.set_flush_denormal(False)
@@ -82,6 +83,10 @@ class Interpreter:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def _determinism(torch: Any) -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 class Worker:
@@ -238,6 +243,7 @@ def main() -> None:
         threading.Thread(target=worker.listen, daemon=True).start()
         worker.device = _warm_up(init["warm"], init["threads"])
         interpreter.remember_torch()
+        interpreter.reset(seed=0)  # the first time costs milliseconds
         _freeze()
         worker.send(m="ready", device=worker.device)
         worker.serve()

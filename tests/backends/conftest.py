@@ -20,7 +20,9 @@ def pool() -> Iterator[WorkerPool]:
         yield pool
 
 
-def follow(backend: FunctionBackend, trial_ids: list[int], until: Callable[[dict[int, str], list], bool], seconds: float = 30):
+def follow(
+    backend: FunctionBackend, trial_ids: list[int], until: Callable[[dict[int, str], list], Any], seconds: float = 30
+):
     """Fetch as the Tuner does until ``until(statuses, results)``; returns both."""
     results: list[tuple[int, dict[str, Any]]] = []
     statuses: dict[int, str] = {}

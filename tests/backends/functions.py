@@ -1,4 +1,4 @@
-"""Trial functions for the backend tests; torch is imported only where it is needed, which keeps workers quick to start."""
+"""Trial functions for the backend tests; torch is imported only where it is needed."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from backends.context import TrialContext, TrialFailed, UserError
 
@@ -17,7 +16,9 @@ def count(ctx: TrialContext) -> None:
     while state["epoch"] < ctx.config["epochs"] and not ctx.should_stop():
         time.sleep(ctx.config.get("sleep", 0))
         state["epoch"] += 1
-        ctx.save(state, report={"epoch": state["epoch"], "loss": ctx.config["x"] / state["epoch"], "attempt": ctx.attempt})
+        ctx.save(
+            state, report={"epoch": state["epoch"], "loss": ctx.config["x"] / state["epoch"], "attempt": ctx.attempt}
+        )
 
 
 def report_only(ctx: TrialContext) -> None:
@@ -114,14 +115,6 @@ def stamps(ctx: TrialContext) -> None:
     ctx.report(first_line=time.time())
 
 
-def ghost(ctx: TrialContext) -> None:
-    """The first attempt waits for the second one to have saved, whatever should_stop says, and then saves itself."""
-    folder = Path(ctx.settings["folder"])
-    state = ctx.load()
-    ctx.report(epoch=1, loaded=state)
-    ctx.save({"by": ctx.attempt})
-
-
 def stochastic(ctx: TrialContext) -> None:
     """Trains a small net with dropout on the global generators of torch, numpy and Python."""
     import numpy as np
@@ -130,7 +123,7 @@ def stochastic(ctx: TrialContext) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(3):
-        x = torch.randn(32, 8) + random.random() + float(np.random.rand())
+        x = torch.randn(32, 8) + random.random() + float(np.random.rand())  # noqa: NPY002
         loss = (net(x) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
