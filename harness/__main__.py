@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from backends.context import UserError
 from harness import sweep
+from harness.compose import CONF, Conf
 from harness.schema import GROUPS, Key, known_keys, near
-from harness.sweep import CONF, Conf, Plan
+from harness.sweep import Plan
 
 EXIT_WRONG, EXIT_INTERRUPTED = 2, 130
 

@@ -1,11 +1,9 @@
-"""From the command line to a plan: override grammar, composition, cells and their identity.
+"""From the command line to a plan: the product of all lists as cells, their labels and their identity.
 
     plan = make_plan(["scheduler=asha,pasha", "ohgw=on,off", "seed=0..49"])
 
-Hydra composes the YAML files, once for each combination of group choices. Lists, integer ranges and every error message
-are handled here, because Hydra's compose API refuses lists and takes ranges for plain texts. A sweep is the product of
-all lists, seed by seed: all cells of the first seed come before those of the second, so that a sweep that is stopped
-early leaves complete pairs.
+Cells are ordered seed by seed: all cells of the first seed come before those of the second, so that a sweep that is
+stopped early leaves complete pairs.
 """
 
 import dataclasses
@@ -17,13 +15,14 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backends.context import UserError
+from harness.compose import CONF, Composed, Conf, resolved
 from harness.overrides import MAX_CELLS, Override, parse_override
 from harness.schema import (
     FIXED,
@@ -40,112 +39,8 @@ from harness.schema import (
 )
 from harness.space import Space, SpaceError
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 ONE_VALUE = OUTSIDE_IDENTITY | {"experiment"}  # an experiment is a study with its own folder
 OFF = {"estimator": "off"}
-
-
-# ---- composition
-
-
-@dataclass(frozen=True)
-class Composed:
-    """One combination of group choices: the config before value overrides and the choice of each group."""
-
-    tree: Any  # omegaconf.DictConfig
-    choices: dict[str, str]
-
-    def get(self, key: str) -> tuple[bool, Any]:
-        """Whether the dotted key exists, and its unresolved value."""
-        node: Any = self.plain
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return False, None
-            node = node[part]
-        return True, node
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_container(self.tree, resolve=False)  # type: ignore[return-value]
-
-    @property
-    def keys(self) -> list[str]:
-        """All dotted keys that a command line may set."""
-
-        def walk(node: Mapping[str, Any], prefix: str) -> Iterator[str]:
-            for name, value in node.items():
-                if isinstance(value, Mapping):
-                    yield from walk(value, f"{prefix}{name}.")
-                elif not name.startswith("_") and prefix + name not in FIXED:
-                    yield prefix + name
-
-        return list(walk(self.plain, ""))
-
-
-class Conf:
-    """The folder of YAML files. Composes with Hydra; a combination of choices is composed once."""
-
-    def __init__(self, folder: Path = CONF):
-        self.folder = folder
-        self._composed: dict[tuple[tuple[str, str], ...], Composed] = {}
-
-    def choices(self, group: str) -> list[str]:
-        return sorted(file.stem for file in (self.folder / group).glob("*.yaml"))
-
-    def compose(self, chosen: Mapping[str, str]) -> Composed:
-        """Compose with these choices (the YAML files' defaults for the other groups)."""
-        key = tuple(sorted(chosen.items()))
-        if key not in self._composed:
-            self._composed[key] = self._compose(chosen)
-        return self._composed[key]
-
-    def _compose(self, chosen: Mapping[str, str]) -> Composed:
-        from hydra import compose, initialize_config_dir
-        from hydra.errors import HydraException
-        from omegaconf import open_dict
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        words = [f"{group}={choice}" for group, choice in chosen.items()]
-        try:
-            with initialize_config_dir(str(self.folder), version_base="1.3"):
-                tree = compose("config", overrides=words, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            asked = " ".join(words) or "the defaults"
-            raise UserError(f"the YAML files in {self.folder} do not compose for {asked}: {reason}") from None
-        choices = {group: tree.hydra.runtime.choices[group] for group in GROUPS}
-        with open_dict(tree):
-            tree.pop("hydra")
-            tree.pop("sweep", None)
-        return Composed(tree, choices)
-
-    def sweep_lists(self, experiment: str | None) -> list[list[str]]:
-        """``sweep:`` of an experiment: lists of overrides, each list a product. One empty list if there is none."""
-        if experiment is None:
-            return [[]]
-        from omegaconf import OmegaConf
-
-        file = self.folder / "experiment" / f"{experiment}.yaml"
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        lists = content.get("sweep", [[]]) if isinstance(content, dict) else [[]]
-        well_formed = isinstance(lists, list) and all(isinstance(words, list) for words in lists)
-        if not (well_formed and lists and all(isinstance(word, str) for words in lists for word in words)):
-            raise UserError(f"{file}: sweep must be a list of lists of overrides, each a text such as 'seed=0..49'")
-        return lists
-
-
-def _resolved(tree: Any) -> dict[str, Any]:
-    """A composed tree as plain containers, interpolations replaced."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UserError(f"the YAML files do not compose: {str(error).splitlines()[0]}") from None
 
 
 # ---- cells
@@ -316,17 +211,19 @@ def _choice(group: str, text: str, source: Conf) -> str:
 
 
 def _parse_value(key: Key, text: str) -> Any:
-    """A value of the command line in the key's type; paths with ``~`` expanded and made absolute."""
+    """A value of the command line in the key's type; ``~`` expanded in paths."""
     if key.name == "name":
-        if not re.fullmatch(r"\w[\w.+-]{0,99}", text):
-            raise UserError(
-                f"name must be a plain folder name (letters, digits, . + - _), not {shown(text)}; "
-                "results_dir says where it lies"
-            )
-        return text
+        return _folder_name(text)
     if key.name in LITERAL:
         return None if key.nullable and text == "null" else os.path.expanduser(text)
     return key.parse(text)
+
+
+def _folder_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", text):
+        possible = "a plain folder name (letters, digits, . + - _)"
+        raise UserError(f"name must be {possible}, not {shown(text)}; results_dir says where it lies")
+    return text
 
 
 def _key(name: str, composed: Composed) -> Key:
@@ -412,7 +309,7 @@ class _Sweep:
             else:
                 OmegaConf.update(tree, key, value, merge=False)
         tree.seed = "???"  # missing: a YAML that refers to ${seed} is refused, not silently given one cell's seed
-        config = check_config(_resolved(tree) | {"seed": 0})
+        config = check_config(resolved(tree) | {"seed": 0})
         for key, value in literals.items():
             section, _, name = key.rpartition(".")
             (config[section] if section else config)[name] = value
@@ -430,7 +327,7 @@ class _Sweep:
         base = {}
         for group in ("task", "scheduler", "ohgw"):
             pure = self.source.compose({group: composed.choices[group]}) if self.experiment else composed
-            base[group] = _resolved(pure.tree)[group]
+            base[group] = resolved(pure.tree)[group]
         return check_config(base)
 
     def check_applied(self, given: Mapping[str, Override]) -> None:
@@ -461,6 +358,8 @@ def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[st
         preset, config["ohgw"] = "off", dict(OFF)
         base = {**base, "ohgw": OFF}
     _cross_check(config)
+    _folder_name(config["name"])  # may come from an experiment's YAML
+    config["results_dir"] = os.path.expanduser(config["results_dir"])
     if config["task"].get("data_dir") is not None:  # workers may have another working directory
         config["task"]["data_dir"] = os.path.abspath(os.path.expanduser(config["task"]["data_dir"]))
     labels = {group: _label(choices[group], config[group], base[group], group) for group in ("task", "scheduler")}
@@ -474,7 +373,7 @@ def _cross_check(config: Mapping[str, Any]) -> None:
     task, scheduler = config["task"], config["scheduler"]
     if all(limit is None for limit in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
-        raise UserError(f"a cell would never end: set at least one of {names}")
+        raise UserError(f"a cell would never end: set at least one of {names}, as in budget.wallclock=3600")
     if scheduler.get("grace_period", 1) > task["max_epochs"]:
         grace_period, max_epochs = scheduler["grace_period"], task["max_epochs"]
         raise UserError(f"scheduler.grace_period={grace_period} is more than task.max_epochs={max_epochs}")
