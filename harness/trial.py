@@ -31,6 +31,8 @@ CHECKPOINT_SECONDS = 5.0  # lost at most when a worker dies; a checkpoint takes 
 SAMPLE = 4  # images on which a warm start's FLOPs are counted
 NOTHING = {"run": None, "warm_start": None, "report": None, "busy": {}}  # the state of a trial that has not begun
 
+_flops_per_example: dict[tuple[str, str], float] = {}  # of a warm start, by task and variant, and the estimator it came to use
+
 
 def prepare(settings: Mapping[str, Any], device: str) -> None:
     """Make the task's data resident; called once in every worker, before its first trial. Errors: UserError."""
@@ -136,9 +138,6 @@ def warm_start(
     flops = round(_flops_per_example[key] * options.batch_size)
     clock.skip()
     return dataclasses.replace(result, flops=flops, peak_memory=peak).record()
-
-
-_flops_per_example: dict[tuple[str, str], float] = {}
 
 
 def moved(x: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
