@@ -1,18 +1,19 @@
 """What a warm start or a training step costs besides time: floating-point operations and peak memory."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in ``fn()``, derivatives included
     (torch's own formulas). Depends on shapes only; runs ``fn`` once, more slowly than it would run alone."""
-    with _FlopCounter() as counter:
+    from torch.utils.flop_counter import flop_registry  # takes seconds to import
+
+    with _FlopCounter(flop_registry) as counter:
         fn()
     return counter.total
 
@@ -20,14 +21,15 @@ def count_flops(fn: Callable[[], Any]) -> int:
 class _FlopCounter(TorchDispatchMode):
     """torch's ``FlopCounterMode`` without its module hooks, which do not expect second derivatives."""
 
-    def __init__(self) -> None:
+    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
         super().__init__()
+        self.formulas = formulas
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=out))
         return out

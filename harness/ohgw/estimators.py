@@ -299,6 +299,7 @@ def _mixed_derivatives(
         if not (parts and (q_g := torch.stack(parts).sum()).requires_grad):
             return dict.fromkeys(names, 0.0)
         del parts
+        _require_second_derivative(q_g)
         grads = torch.autograd.grad(q_g, [z[name] for name in names], allow_unused=True)
         return {name: 0.0 if v is None else v.item() for name, v in zip(names, grads, strict=True)}
 
@@ -323,18 +324,29 @@ def _mixed_linear(
 def _require_path(loss: Tensor, z: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise MissingGradient unless autograd can get from ``loss`` to each z. (A None from autograd does not tell a z
     whose mixed derivative is zero from one that went through ``float(z)``.)"""
+    leaves = {id(getattr(node, "variable", None)) for node in _graph(loss)}
+    missing = [name for name in names if id(z[name]) not in leaves]
+    if missing:
+        raise MissingGradient(f"missing gradient: the training loss has no autograd path to {', '.join(missing)}")
+
+
+def _require_second_derivative(value: Tensor) -> None:
+    """Raise MissingGradient if ``value``, made of gradients, comes through a function without second derivative. (Those
+    marked once_differentiable end the graph, and ``autograd.grad`` would silently leave their part out.)"""
+    if any(node.name().endswith("Error") for node in _graph(value)):
+        raise MissingGradient("missing gradient: a function marked once_differentiable has no second derivative")
+
+
+def _graph(value: Tensor) -> set[Any]:
+    """All nodes of the autograd graph that ``value`` comes from."""
     seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    leaves = set()
+    stack = [value.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            leaves.add(id(getattr(node, "variable", None)))
             stack.extend(parent for parent, _ in node.next_functions)
-    missing = [name for name in names if id(z[name]) not in leaves]
-    if missing:
-        raise MissingGradient(f"missing gradient: the training loss has no autograd path to {', '.join(missing)}")
+    return seen
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

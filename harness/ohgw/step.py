@@ -20,8 +20,8 @@ def step(
     rule: str, eta: float, gradient: Mapping[str, float], psi: Mapping[str, float], coordinates: Coordinates
 ) -> dict[str, float]:
     """One step from ``psi`` against ``gradient`` = dF/dpsi (finite), clipped to the bounds, for all ``coordinates``."""
-    change = _changes(rule, gradient, coordinates)
-    return {name: _clipped(psi[name], -eta * change[name], coordinates[name].bounds) for name in coordinates}
+    change = _changes(rule, eta, gradient, coordinates)
+    return {name: _clipped(psi[name], -change[name], coordinates[name].bounds) for name in coordinates}
 
 
 def displacement(start: Mapping[str, float], end: Mapping[str, float], coordinates: Coordinates) -> dict[str, float]:
@@ -40,16 +40,17 @@ def shares(move: Mapping[str, float]) -> dict[str, float]:
     return {name: part * part for name, part in unit.items()}
 
 
-def _changes(rule: str, gradient: Mapping[str, float], coordinates: Coordinates) -> dict[str, float]:
+def _changes(rule: str, eta: float, gradient: Mapping[str, float], coordinates: Coordinates) -> dict[str, float]:
     if rule == "raw":
-        return {name: gradient[name] for name in coordinates}
+        return {name: eta * gradient[name] for name in coordinates}
     if rule == "unit":
-        return {name: gradient[name] * c.width**2 for name, c in coordinates.items()}
+        return {name: eta * c.width**2 * gradient[name] for name, c in coordinates.items()}
     if rule == "sign":
-        return {name: c.width * _sign(gradient[name]) for name, c in coordinates.items()}
+        return {name: eta * c.width * _sign(gradient[name]) for name, c in coordinates.items()}
     if rule == "normalized":
-        direction = _normalized({name: gradient[name] * c.width for name, c in coordinates.items()})
-        return {name: c.width * direction[name] for name, c in coordinates.items()}
+        scaled = _normalized({name: gradient[name] for name in coordinates})  # now the widths cannot make it overflow
+        direction = _normalized({name: scaled[name] * c.width for name, c in coordinates.items()})
+        return {name: eta * c.width * direction[name] for name, c in coordinates.items()}
     raise ValueError(f"unknown step rule {rule!r}; possible: {', '.join(STEP_RULES)}")
 
 
