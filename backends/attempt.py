@@ -1,6 +1,5 @@
 """One attempt of a trial, inside the process that runs it: the trial function's context and what became of the call."""
 
-import ctypes
 import importlib
 import json
 import os
@@ -131,11 +130,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread of ``parent`` that started it ends (prctl(2))."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before prctl
-        os._exit(1)
+    """Watch from a thread, and end this process and all it started when ``parent`` is no longer its parent.
+
+    PR_SET_PDEATHSIG would end this process only and orphan its children, and does so when the *thread* that started it
+    ends.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        kill_own_group()
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def kill_own_group() -> None:

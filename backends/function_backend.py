@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _omp = os.environ.get("OMP_NUM_THREADS")
+from syne_tune.backend.local_backend import LocalBackend  # noqa: E402
 from syne_tune.backend.trial_backend import TrialBackend  # noqa: E402
 from syne_tune.backend.trial_status import Status, Trial, TrialResult  # noqa: E402
 
@@ -19,6 +20,8 @@ if _omp is None:  # importing anything of syne_tune.backend sets it to 1, for th
 
 from backends.attempt import NUMBER, TIMESTAMP, AttemptSpec  # noqa: E402
 from backends.context import RestoredTrial, UserError, attempt_name, checkpoint_files, copy_checkpoint, trial_seed  # noqa: E402
+
+__all__ = ["FunctionBackend", "LocalBackend", "Status"]  # LocalBackend from here, without its side effect
 
 WAIT = 0.2  # seconds fetch_status_results blocks at most, so that the Tuner sees its stopping criterion
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -276,7 +279,7 @@ def _lines(path: Path) -> list[str]:
 
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment variables that limit numerical libraries to ``threads`` threads."""
-    return {name: str(threads) for name in THREAD_VARIABLES}
+    return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def threads_per_worker(n_workers: int) -> int:

@@ -7,16 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from syne_tune.backend.local_backend import LocalBackend
-
 from backends.context import UserError, to_json
-from backends.function_backend import FunctionBackend, Status, thread_environment, threads_per_worker
+from backends.function_backend import FunctionBackend, LocalBackend, Status, thread_environment, threads_per_worker
 from backends.gpus import default_n_workers, visible_gpus
 
 ENTRY = Path(__file__).resolve().with_name("local_entry.py")
@@ -100,7 +97,7 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(to_json(config))
         outcome = folder / f"{spec.attempt}.reason"
-        order = {"spec": spec.to_dict(), "threads": self.threads, "outcome": str(outcome.absolute())}
+        order = {"spec": spec.to_dict(), "outcome": str(outcome.absolute())}
         arguments = ["--st_config_json_filename", str(folder / "config.json"), "--st_checkpoint_dir", str(folder)]
         with open(folder / "std.out", "ab") as stdout, open(folder / "std.err", "ab") as stderr:
             offset = os.fstat(stdout.fileno()).st_size
@@ -117,10 +114,11 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         trial_id: int | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start the entry script with ``order`` (written to ``file``) on the trial's GPU."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
         common = {
             "sys_path": [os.getcwd(), str(ENTRY.parent.parent), *filter(None, sys.path)],
-            "parent": os.getpid() if in_main_thread else None,
+            "parent": os.getpid(),
+            "threads": self.threads,
+            "gpu": bool(self._gpus),
             "started": time.perf_counter(),  # the same clock in all processes: start-up counts from here
         }
         file.write_text(to_json({**order, **common}))

@@ -7,9 +7,7 @@ SIGTERM sets ``should_stop``.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -32,8 +30,7 @@ def main() -> int:
 
     from backends.attempt import die_with_parent
 
-    if order["parent"] is not None:
-        die_with_parent(order["parent"])
+    die_with_parent(order["parent"])
     if "prepare" in order:
         return _prepare(order)
     config = json.loads(Path(arguments.st_config_json_filename).read_text())
@@ -42,10 +39,10 @@ def main() -> int:
 
 def _attempt(spec: dict[str, Any], order: dict[str, Any], stop: threading.Event) -> int:
     from backends.attempt import Attempt, AttemptSpec, call, resolve
-    from backends.worker import Interpreter
+    from backends.worker import Interpreter, warm_up
 
+    device = warm_up(["torch"], order["threads"], order["gpu"])
     interpreter = Interpreter(order["threads"])
-    device = _device()
 
     def run() -> None:
         function = resolve(spec["function"])
@@ -65,12 +62,14 @@ def _prepare(order: dict[str, Any]) -> int:
     """As ``WorkerPool.prepare``: the outcome file gets [is it the user's mistake, what is wrong]."""
     from backends.attempt import call, resolve
     from backends.context import UserError
+    from backends.worker import warm_up
 
+    device = warm_up(["torch"], order["threads"], order["gpu"])
     user: list[str] = []
 
     def prepare() -> None:
         try:
-            resolve(order["prepare"])(order["settings"], _device())
+            resolve(order["prepare"])(order["settings"], device)
         except UserError as error:
             user.append(str(error))
 
@@ -85,17 +84,6 @@ def _report(report: dict[str, Any]) -> None:
     from backends.context import to_json
 
     print(f"[tune-metric]: {to_json(report)}", flush=True)
-
-
-def _device() -> str:
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "") in ("", "-1"):
-        return "cpu"
-    with contextlib.suppress(ImportError):
-        import torch
-
-        if torch.cuda.is_available():
-            return "cuda:0"
-    return "cpu"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ __all__ = ["Job", "PoolBackend", "PoolError", "RestoredTrial", "WorkerPool"]
 ROOT = Path(__file__).resolve().parent.parent
 HANDSHAKE = 10  # seconds a connecting process has to prove that it knows the key
 MESSAGES_AT_ONCE = 100  # read from one worker before the others get their turn
-START_ATTEMPTS = 3  # a replacement that dies while it starts is started again this often
+START_ATTEMPTS = 3  # replacements in a row that may die while they start, before that is an error
 
 
 class PoolError(UserError):
@@ -112,7 +112,7 @@ class _Owned:
 class WorkerPool:
     """``n_workers`` persistent processes (default: one a GPU, else 2), started at once, ready some seconds later.
 
-    Create it in a thread that lives as long as the pool. Not thread-safe.
+    Not thread-safe: one thread at a time.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class WorkerPool:
     ):
         """``threads`` a worker (default: CPUs / workers); ``gpus``: ids for CUDA_VISIBLE_DEVICES, one a worker in turn
         (default: all visible; []: none); ``env``: additional variables; ``stop_grace``: seconds from a stop to a kill;
-        ``warm``: modules every worker imports at its start if they are installed."""
+        ``warm``: modules every worker imports at its start if they are installed (torch is reset and seeded for each
+        trial only if it is here or the trial function's module imports it)."""
         self.n_workers = default_n_workers() if n_workers is None else n_workers
         if self.n_workers < 1:
             raise UserError(f"n_workers must be at least 1, got {self.n_workers}")
@@ -294,11 +295,11 @@ class WorkerPool:
         kind = message["m"]
         if kind == "ready":
             worker.device, worker.startup = message["device"], time.monotonic() - worker.started
-            self._failed_starts = 0
-            worker.state = "idle"
             if self._preparation:
                 worker.state = "preparing"
                 self._send(worker, self._preparation)
+            else:
+                worker.state, self._failed_starts = "idle", 0
         elif kind == "prepared":
             self._on_prepared(worker, message)
         elif worker.job is not None and worker.job.key == message["key"]:
@@ -312,7 +313,7 @@ class WorkerPool:
         asked = self._preparation
         if asked is not None and message["generation"] != asked["generation"]:
             return  # the answer to an earlier prepare(); the one to this is still to come
-        worker.state = "idle"
+        worker.state, self._failed_starts = "idle", 0
         if asked is not None and message["error"] is not None:
             error = UserError if message["user"] else PoolError
             raise error(message["error"])
@@ -350,7 +351,6 @@ class WorkerPool:
             )
         self._owned.processes[spawn] = process
         self._workers.append(_Worker(spawn, process, log, gpu, time.monotonic()))
-        in_main_thread = threading.current_thread() is threading.main_thread()
         init = {
             "address": self._address,
             "key": self._key.hex(),
@@ -358,7 +358,8 @@ class WorkerPool:
             "sys_path": [os.getcwd(), str(ROOT), *filter(None, sys.path)],
             "threads": self.threads,
             "warm": self._warm,
-            "parent": os.getpid() if in_main_thread else None,
+            "gpu": gpu is not None,
+            "parent": os.getpid(),
         }
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
@@ -381,7 +382,7 @@ class WorkerPool:
         del self._owned.processes[worker.spawn]
         if worker.state in ("starting", "preparing"):
             self._failed_starts += 1
-            if worker.state == "preparing" or self._failed_starts >= START_ATTEMPTS or worker.spawn < self.n_workers:
+            if self._failed_starts >= START_ATTEMPTS or worker.spawn < self.n_workers:
                 raise PoolError(f"{reason} while it was {worker.state}:\n{worker.tail()}")
         worker.log.unlink(missing_ok=True)
         self._spawn(worker.gpu)

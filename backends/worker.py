@@ -212,17 +212,16 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def _warm_up(modules: list[str], threads: int) -> str:
-    """Import ``modules`` as far as they are installed, open the GPU; returns the device's name."""
+def warm_up(modules: list[str], threads: int, gpu: bool) -> str:
+    """Import ``modules`` as far as they are installed, open the GPU if there is one; returns the device's name."""
     for module in modules:
         if importlib.util.find_spec(module):
             importlib.import_module(module)
-    pinned = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1")
     torch = sys.modules.get("torch")
     if torch is None:
-        return "cuda:0" if pinned else "cpu"
+        return "cuda:0" if gpu else "cpu"
     torch.set_num_threads(threads)
-    if not (pinned and torch.cuda.is_available()):
+    if not (gpu and torch.cuda.is_available()):
         return "cpu"
     torch.ones(8, 8, device="cuda:0").mm(torch.ones(8, 8, device="cuda:0"))
     torch.cuda.synchronize()
@@ -233,15 +232,14 @@ def main() -> None:
     """Connect back, warm up, serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     init = json.loads(sys.stdin.buffer.readline())
-    if init["parent"] is not None:
-        die_with_parent(init["parent"])
+    die_with_parent(init["parent"])  # in case a fork of the driver keeps the connection open
     sys.path[:] = init["sys_path"]
     with Client(init["address"], authkey=bytes.fromhex(init["key"])) as connection:
         interpreter = Interpreter(init["threads"])
         worker = Worker(connection, "cpu", interpreter)
         worker.send(m="hello", spawn=init["spawn"], pid=os.getpid())
         threading.Thread(target=worker.listen, daemon=True).start()
-        worker.device = _warm_up(init["warm"], init["threads"])
+        worker.device = warm_up(init["warm"], init["threads"], init["gpu"])
         interpreter.remember_torch()
         interpreter.reset(seed=0)  # the first time costs milliseconds
         _freeze()

@@ -128,7 +128,7 @@ def stochastic(ctx: TrialContext) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total = sum(float(p.double().sum()) for p in net.parameters())
+        total = float(sum(float(p.double().sum()) for p in net.parameters()))
         ctx.report(epoch=epoch, loss=loss.item().hex(), weights=total.hex(), dtype=str(x.dtype))
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: atomic, fenced by attempt, and damaged ones skipped."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def load(folder, attempt: str) -> Checkpoint:
 
 
 def test_round_trip(tmp_path):
-    state = {
+    state: dict[str, Any] = {
         "w": torch.arange(3.0),
         "epoch": 2,
         "name": "a",

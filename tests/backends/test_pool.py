@@ -114,7 +114,7 @@ def test_stop_in_the_middle_of_an_epoch_is_quick(pool, tmp_path):
     assert b.fetch_status_results([0])[0][0][1] == Status.stopped
     b.stop_all()
     assert b.busy_trial_ids() == []
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < pool.stop_grace
     assert is_alive(results[0][1]["pid"]), "the worker is used again"
 
 
