@@ -23,39 +23,47 @@ and where the tuning is set up::
     scheduler = OHGW(scheduler)
 """
 
-from harness.ohgw.cost import count_flops, peak_memory
-from harness.ohgw.estimators import (
-    Batch,
-    Estimate,
-    MissingGradient,
-    Net,
-    Problem,
-    UpdateRule,
-    direct,
-    direct_objective,
-    finite_difference,
-    lookahead,
-    lookahead_objective,
-)
-from harness.ohgw.scheduler import OHGW
-from harness.ohgw.warm_start import Settings, WarmStart, warm_start
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "OHGW",
-    "Batch",
-    "Estimate",
-    "MissingGradient",
-    "Net",
-    "Problem",
-    "Settings",
-    "UpdateRule",
-    "WarmStart",
-    "count_flops",
-    "direct",
-    "direct_objective",
-    "finite_difference",
-    "lookahead",
-    "lookahead_objective",
-    "peak_memory",
-    "warm_start",
-]
+if TYPE_CHECKING:
+    from harness.ohgw.cost import count_flops as count_flops
+    from harness.ohgw.cost import peak_memory as peak_memory
+    from harness.ohgw.estimators import Batch as Batch
+    from harness.ohgw.estimators import Estimate as Estimate
+    from harness.ohgw.estimators import MissingGradient as MissingGradient
+    from harness.ohgw.estimators import Net as Net
+    from harness.ohgw.estimators import Problem as Problem
+    from harness.ohgw.estimators import UpdateRule as UpdateRule
+    from harness.ohgw.estimators import direct as direct
+    from harness.ohgw.estimators import direct_objective as direct_objective
+    from harness.ohgw.estimators import finite_difference as finite_difference
+    from harness.ohgw.estimators import lookahead as lookahead
+    from harness.ohgw.estimators import lookahead_objective as lookahead_objective
+    from harness.ohgw.one_shot import WarmStart as WarmStart
+    from harness.ohgw.one_shot import warm_start as warm_start
+    from harness.ohgw.scheduler import OHGW as OHGW
+    from harness.ohgw.settings import Settings as Settings
+
+_HOMES = {
+    "cost": ("count_flops", "peak_memory"),
+    "estimators": (
+        *("Batch", "Estimate", "MissingGradient", "Net", "Problem", "UpdateRule"),
+        *("direct", "direct_objective", "finite_difference", "lookahead", "lookahead_objective"),
+    ),
+    "one_shot": ("WarmStart", "warm_start"),
+    "scheduler": ("OHGW",),
+    "settings": ("Settings",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module that ``name`` lives in: the tuner's process needs no torch, a trial's process no Syne Tune."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(name for names in _HOMES.values() for name in names)

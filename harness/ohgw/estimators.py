@@ -31,10 +31,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.ohgw.coordinates import Coordinates
+from harness.ohgw.settings import Momentum
 
 Net = Callable[..., Tensor]
 Batch = Any
-Momentum = Literal["impulse", "first_step"]
 
 
 class MissingGradient(RuntimeError):
