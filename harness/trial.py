@@ -1,13 +1,15 @@
-"""One trial: warm start, then epochs until the milestone; the trial function of every experiment (``harness.trial.run``).
+"""One trial: warm start, then epochs until the milestone. ``harness.trial.run`` is every experiment's trial function.
 
-Busy seconds are charged by kind as they are spent: start-up, warm start, train, validate, test, checkpoint. A checkpoint is
-written before the report of its epoch and holds that report, which the next attempt sends again in case the driver never
-got it. x' and its record are in the trial's first checkpoint, before epoch 1, so a trial is warm-started once.
+Busy seconds are charged by kind as they are spent: start-up, warm start, train, validate, test, checkpoint. A
+checkpoint is written before the report of its epoch and holds that report, which the next attempt sends again in case
+the driver never got it. x' and its record are in the trial's first checkpoint, before epoch 1: a trial is warm-started
+once.
 
 ``ctx.settings``: ``task`` (the YAML's entry), ``ohgw`` (fields of ``harness.ohgw.Settings``; estimator "off": none),
-``max_resource_attr`` (the configuration's key for the milestone), ``checkpoint_seconds`` (between checkpoints, besides those
-at milestones) and ``model_dir`` (folder for models; absent or null: none are kept). A model is ``<model_dir>/<trial>.pt``,
-the weights at the trial's last milestone; the driver deletes those it does not want when the cell ends.
+``max_resource_attr`` (the configuration's key for the milestone), ``checkpoint_seconds`` (between checkpoints, besides
+those at milestones) and ``model_dir`` (folder for models; absent or null: none are kept). A model is
+``<model_dir>/<trial>.pt``, the weights at the trial's last milestone; the driver deletes those it does not want when
+the cell ends.
 """
 
 import contextlib
@@ -29,9 +31,16 @@ from harness.tasks import Run, Task, load_task
 
 CHECKPOINT_SECONDS = 5.0  # lost at most when a worker dies; a checkpoint takes milliseconds
 SAMPLE = 4  # images on which a warm start's FLOPs are counted
-NOTHING = {"run": None, "warm_start": None, "report": None, "busy": {}}  # the state of a trial that has not begun
+NOTHING: dict[str, Any] = {
+    "run": None,
+    "warm_start": None,
+    "report": None,
+    "busy": {},
+}  # the state of a trial that has not begun
 
-_flops_per_example: dict[tuple[str, str], float] = {}  # of a warm start, by task and variant, and the estimator it came to use
+_flops_per_example: dict[
+    tuple[str, str], float
+] = {}  # of a warm start, by task and variant, and the estimator it came to use
 
 
 def prepare(settings: Mapping[str, Any], device: str) -> None:
@@ -40,7 +49,7 @@ def prepare(settings: Mapping[str, Any], device: str) -> None:
 
 
 def run(ctx: TrialContext) -> None:
-    """Train ``ctx.config`` until its milestone or until it is told to stop. Errors: TrialFailed if a loss is not finite."""
+    """Train ``ctx.config`` to its milestone or until told to stop. Errors: TrialFailed if a loss is not finite."""
     settings, clock, memory = ctx.settings, Clock(ctx.device, ctx.started), PeakMemory(ctx.device)
     task = load_task(settings["task"], ctx.device)
     milestone = min(int(ctx.config.get(settings["max_resource_attr"], task.max_epochs)), task.max_epochs)
@@ -109,7 +118,7 @@ def one_epoch(ctx: TrialContext, training: Run, clock: "Clock") -> dict[str, Any
 def warm_start(
     x: Mapping[str, Any], task: Task, training: Run, ctx: TrialContext, clock: "Clock", memory: "PeakMemory"
 ) -> dict[str, Any]:
-    """The record of a warm start of ``x`` at the initial weights of ``training``; its ``x_prime`` is to be trained with.
+    """The record of a warm start of ``x`` at the initial weights of ``training``; ``x_prime`` is what to train with.
 
     FLOPs are counted off the clock (the count belongs to the study, not to the method), once in a process for each
     variant, on a few examples: those of convolutions and matrix products are proportional to the batch size.
@@ -141,8 +150,8 @@ def warm_start(
 
 
 def moved(x: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What to train with: x' if ``x`` is what was warm-started, else ``x``: it is x' already, or the scheduler has changed
-    the configuration since (as population-based training does)."""
+    """What to train with: x' if ``x`` is what was warm-started, else ``x``: it is x' already, or the scheduler has
+    changed the configuration since (as population-based training does)."""
     return dict(record["x_prime"]) if record is not None and record["x"] == dict(x) else dict(x)
 
 
@@ -188,14 +197,14 @@ class Clock:
 
 
 class PeakMemory:
-    """Peak memory of a phase in bytes: what the CUDA allocator gave out, or else the process's resident set (Linux), which
-    includes the interpreter and whatever the allocator has kept; 0 where the system does not tell."""
+    """Peak memory of a phase in bytes: what the CUDA allocator gave out, or else the process's resident set (Linux),
+    which includes the interpreter and whatever the allocator has kept; 0 where the system does not tell."""
 
     def __init__(self, device: str):
         self._cuda = device.startswith("cuda")
 
     def reset(self) -> None:
-        """Begin a phase. Where the kernel does not let a process reset its high-water mark the next peak includes the past."""
+        """Begin a phase. If the kernel does not let the process reset its high-water mark, peaks include the past."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return

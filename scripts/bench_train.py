@@ -3,13 +3,13 @@
     uv run python scripts/bench_train.py --data-dir ~/data            # all CPUs of this process
     OMP_NUM_THREADS=1 uv run python scripts/bench_train.py --data-dir ~/data --loader-workers 0
 
-usual    torchvision's CIFAR10, RandomCrop(32, 4), RandomHorizontalFlip, ToTensor, Normalize, DataLoader, torch.optim.SGD; fp32
-ours     harness.tasks.vision: crop and flip as above, and rotation, scaling, translation, contrast and brightness on top
+usual    torchvision's CIFAR10, RandomCrop(32, 4), RandomHorizontalFlip, ToTensor, Normalize, DataLoader, torch's SGD
+ours     harness.tasks.vision: crop and flip as above; on top rotation, scaling, translation, contrast and brightness
 compute  the steps of ours on one batch that stays where it is
 
-All arms share the process, its CPUs and threads, the model and the batch size; they take turns, each beginning with untimed
-steps (the DataLoader's queue is then in balance). Printed: images a second over all repeats, and medians of the ratios
-within a repeat.
+All arms share the process, its CPUs and threads, the model and the batch size; they take turns, each beginning with
+untimed steps (the DataLoader's queue is then in balance). Printed: images a second, median [least, most] of the
+repeats, and the same of the ratios within a repeat.
 """
 
 import argparse
@@ -76,10 +76,14 @@ def usual(data_dir: str, batch_size: int, loader_workers: int, device: torch.dev
         transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     ])  # fmt: skip
     data = datasets.CIFAR10(data_dir, train=True, transform=recipe)
-    loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=loader_workers,
-                                         persistent_workers=loader_workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+    kept: Any = {"persistent_workers": loader_workers > 0, "pin_memory": device.type == "cuda"}
+    loader: Any = torch.utils.data.DataLoader(
+        data, batch_size, shuffle=True, drop_last=True, num_workers=loader_workers, **kept
+    )
     net = models.build("resnet20", 3, 32, 10).to(device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=CONFIG["lr"], momentum=CONFIG["momentum"], weight_decay=CONFIG["wd"])
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=CONFIG["lr"], momentum=CONFIG["momentum"], weight_decay=CONFIG["wd"]
+    )
 
     def epochs() -> Iterator[Any]:
         while True:
@@ -125,10 +129,14 @@ def with_precision(run: ImageRun, dtype: torch.dtype | None) -> Callable[[Timer]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder with cifar-10-batches-py")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of an arm and repeat; a multiple of 10 (default 20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="timed steps of an arm and repeat; a multiple of 10 (default 20)"
+    )
     parser.add_argument("--untimed", type=int, default=10, help="steps before them (default 10)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--loader-workers", type=int, default=2, help="DataLoader processes of the usual loop (default 2)")
+    parser.add_argument(
+        "--loader-workers", type=int, default=2, help="DataLoader processes of the usual loop (default 2)"
+    )
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.data_dir = os.path.expanduser(options.data_dir)
@@ -143,10 +151,12 @@ def main() -> None:
             train(watch)
             speeds[name].append(options.steps * spec["batch_size"] / watch.seconds)
 
-    print(f"ResNet-20, batch {spec['batch_size']}, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{len(os.sched_getaffinity(0))} CPUs, {options.loader_workers} loader workers; n = {options.repeats} repeats of {options.steps} steps")  # fmt: skip
+    print(f"ResNet-20, batch {spec['batch_size']}, {options.device}, torch {torch.__version__}")
+    cpus, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    print(f"{cpus} CPUs, {threads} threads, {options.loader_workers} loader workers")
+    print(f"n = {options.repeats} repeats of {options.steps} steps; images a second")
     for name, values in speeds.items():
-        print(f"{name:14s} {statistics.median(values):8.0f} images/s   [{min(values):.0f}, {max(values):.0f}]")
+        print(f"{name:14s} {statistics.median(values):8.0f}   [{min(values):.0f}, {max(values):.0f}]")
     for upper, lower in itertools.product(speeds, speeds):
         kind, _, precision = upper.partition(" ")
         if kind == "ours" and lower in ("usual fp32", f"compute {precision}"):

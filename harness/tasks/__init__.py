@@ -1,7 +1,7 @@
 """Tasks: one file a family, one YAML in ``conf/task/`` a task; nothing outside them knows a data set.
 
-A task is built from its YAML (``_target_`` names the class) and keeps its data on the device. ``task.start(config, seed)``
-returns a *run*, the training of one configuration, which the trainer (``harness/trial.py``) drives:
+A task is built from its YAML (``_target_`` names the class) and keeps its data on the device.
+``task.start(config, seed)`` returns a *run*, the training of one configuration, driven by ``harness/trial.py``:
 
     epoch                       epochs trained so far
     reconfigure(config)         before epoch 1: x' replaces x

@@ -1,5 +1,7 @@
 """The networks of the image tasks. All take (batch, channels, size, size) and return (batch, classes) logits."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,12 @@ def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
 def mlp(channels: int, size: int, classes: int, width: int = 64) -> nn.Module:
     """Two hidden layers, no normalisation."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * size**2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
+        nn.Flatten(),
+        nn.Linear(channels * size**2, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, classes),
     )
 
 
@@ -32,7 +39,7 @@ def cnn(channels: int, size: int, classes: int, width: int = 16) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Basic residual block. Its shortcut has no parameters: subsampling and zero channels (He et al. 2016, option A)."""
+    """Basic residual block. Its shortcut has no parameters: subsampling and zero channels (He et al., option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -70,7 +77,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "resnet8": lambda channels, size, classes: ResNet(channels, classes, n=1),
@@ -86,4 +93,3 @@ def parameters_by_decay(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 
 def decays(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
-

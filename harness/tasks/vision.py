@@ -5,10 +5,10 @@
     run.train_epoch(lambda: False)      # {"train_loss": ..., "train_score": ..., "flops": ...}
     run.evaluate("validation")          # {"loss": ..., "score": ...}
 
-All images are one uint8 tensor on the device. Crop, flip and the augmentation whose magnitude is a hyperparameter are one
-resampling of many images at once, the same function in training and in the warm start. Everything random comes from a
-named stream of the trial's seed and the epoch, so a run is resumed from weights, momentum and the epoch number alone,
-bit for bit, and a warm start cannot disturb it. (No model here draws random numbers, so torch's global generator is unused.)
+All images are one uint8 tensor on the device. Crop, flip and the augmentation whose magnitude is a hyperparameter are
+one resampling of many images at once, the same function in training and in the warm start. Everything random comes from
+a named stream of the trial's seed and the epoch, so a run is resumed from weights, momentum and the epoch number alone,
+bit for bit, and a warm start cannot disturb it. (No model here draws random numbers: torch's global generator is idle.)
 
 Hyperparameters: lr, wd (on weight matrices and kernels only), momentum (heavy ball; ``nesterov: true``), augmentation,
 label_smoothing; all but lr default to 0.
@@ -55,7 +55,7 @@ CHECK_EVERY = 100  # batches between looks at the loss, which wait for the devic
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (n, channels, size, size), normalised; ``labels`` (n,); ``draws`` (n, N_DRAWS), None for plain images."""
+    """``images`` (n, channels, size, size), normalised; ``labels`` (n,); ``draws`` (n, N_DRAWS) or, plain, None."""
 
     images: Tensor
     labels: Tensor
@@ -84,9 +84,9 @@ def draw(n: int, generator: torch.Generator, crop: int, flip: bool) -> Tensor:
 def augment(images: Tensor, draws: Tensor, magnitude: float | Tensor) -> Tensor:
     """Crop, flip, rotate, scale and translate in one bilinear resampling, then change contrast and brightness.
 
-    images: (n, channels, size, size), normalised, so that the zeros drawn in from outside are the mean colour (as He et al.
-    pad). draws: (n, N_DRAWS). magnitude: in [0, 1]; a 0-d tensor may require its gradient. With magnitude 0, no crop and
-    no flip it is the identity up to rounding.
+    images: (n, channels, size, size), normalised, so that the zeros drawn in from outside are the mean colour (as He et
+    al. pad). draws: (n, N_DRAWS). magnitude: in [0, 1]; a 0-d tensor if its gradient is wanted. Without
+    crop and flip, magnitude 0 is the identity up to rounding.
     """
     rotation, scaling, x, y, contrast, brightness = (magnitude * draws[:, :SCALED]).unbind(1)
     crop_x, crop_y, mirror = draws[:, SCALED:].unbind(1)
@@ -101,7 +101,7 @@ def augment(images: Tensor, draws: Tensor, magnitude: float | Tensor) -> Tensor:
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float | Tensor) -> Tensor:
-    """``F.cross_entropy(logits, labels, label_smoothing=smoothing)``, also for a smoothing that requires its gradient."""
+    """``F.cross_entropy(logits, labels, label_smoothing=smoothing)``, also when a gradient in it is wanted."""
     if not isinstance(smoothing, Tensor):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     log_p = F.log_softmax(logits, dim=1)
@@ -109,7 +109,7 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float | Te
 
 
 class ImageTask:
-    """Images on a device, a network and a search space. Keys of the YAML that only the driver reads are accepted and ignored.
+    """Images on a device, a network and a search space. Keys of the YAML that only the driver reads are ignored.
 
     Errors: UserError if the data are missing (with the command that fetches them) or ``precision`` is unknown.
     """
@@ -119,9 +119,23 @@ class ImageTask:
     flip: ClassVar[bool]
     mixed: ClassVar[bool]  # whether autocast pays
 
-    def __init__(self, device: str, *, model: str, batch_size: int, max_epochs: int, space: str, spaces: Mapping[str, Any],
-                 data_dir: str | None = None, data_files: Sequence[str] = (), fetch: str = "", label_noise: float = 0.0,
-                 schedule: str = "constant", precision: str = "auto", **_driver: Any):  # fmt: skip
+    def __init__(
+        self,
+        device: str,
+        *,
+        model: str,
+        batch_size: int,
+        max_epochs: int,
+        space: str,
+        spaces: Mapping[str, Any],
+        data_dir: str | None = None,
+        data_files: Sequence[str] = (),
+        fetch: str = "",
+        label_noise: float = 0.0,
+        schedule: str = "constant",
+        precision: str = "auto",
+        **_driver: Any,
+    ):
         self.device, self.model, self.batch_size, self.max_epochs = torch.device(device), model, batch_size, max_epochs
         self.schedule = schedule
         self.space = Space.from_spec(spaces[space])
@@ -150,7 +164,7 @@ class ImageTask:
             torch.manual_seed(torch_seed(seed, "init"))
             _, channels, size, _ = self.parts["train"].images.shape
             net = models.build(self.model, channels, size, self.classes)
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def normalised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return (images.to(dtype) - self.mean.to(dtype)) / self.std.to(dtype)
@@ -168,7 +182,7 @@ class ImageTask:
 class Digits(ImageTask):
     """UCI handwritten digits as scikit-learn ships them: 1,797 images of 8x8 in 17 grey levels, a test set of 450."""
 
-    crop, flip, mixed = 0, False, False  # 8x8 images are too small to crop, digits must not be mirrored, autocast only costs
+    crop, flip, mixed = 0, False, False  # too small to crop; not to be mirrored; autocast only costs
 
     def read(self, data_dir: Path | None) -> dict[str, Part]:
         table = _read_digits()
@@ -190,7 +204,8 @@ class Cifar10(ImageTask):
         images, labels = _read_cifar(data_dir, [f"data_batch_{i}" for i in range(1, 6)])
         train, validation = stratified_split(labels, 0.9, "cifar10", "train")
         test = Part(*_read_cifar(data_dir, ["test_batch"]))
-        return {"train": Part(images[train], labels[train]), "validation": Part(images[validation], labels[validation]), "test": test}
+        parts = {"train": train, "validation": validation}
+        return {**{name: Part(images[index], labels[index]) for name, index in parts.items()}, "test": test}
 
 
 class Sgd:
@@ -213,10 +228,10 @@ class Sgd:
         """Update the parameters, all of which must have gradients, with one fused kernel for each kind of decay."""
         buffers = iter(self.buffers)
         for group, decay in zip(self.param_groups, self.decays, strict=True):
-            params = group["params"]
-            gradients = [p.grad for p in params]
-            sgd(params, gradients, list(islice(buffers, len(params))), weight_decay=decay, momentum=self.momentum, lr=self.lr,
-                dampening=0, nesterov=self.nesterov, maximize=False, has_sparse_grad=False, foreach=False, fused=True)  # fmt: skip
+            params: list[Tensor] = list(group["params"])
+            gradients = [p.grad for p in params if p.grad is not None]
+            sgd(params, gradients, list(islice(buffers, len(params))), fused=True, foreach=False, weight_decay=decay,
+                momentum=self.momentum, lr=self.lr, dampening=0, nesterov=self.nesterov, maximize=False)  # fmt: skip
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -257,7 +272,7 @@ class ImageRun:
                 loss = F.cross_entropy(output, batch.labels, label_smoothing=smoothing)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer)  # type: ignore[arg-type]
             self.scaler.update()
             losses.append(loss.detach())
             logits.append(output.detach())
@@ -275,7 +290,9 @@ class ImageRun:
         data, task = self.task.parts[part], self.task
         self.net.eval()
         loss, correct = torch.zeros((), device=task.device), torch.zeros((), device=task.device)
-        for images, labels in zip(data.images.split(EVALUATION_BATCH), data.labels.split(EVALUATION_BATCH), strict=True):
+        for images, labels in zip(
+            data.images.split(EVALUATION_BATCH), data.labels.split(EVALUATION_BATCH), strict=True
+        ):
             with torch.autocast(task.device.type, task.autocast, enabled=task.autocast is not None):
                 logits = self.net(_channels_last(task.normalised(images)))
             loss += F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -361,8 +378,8 @@ class ImageRun:
 
 
 def autocast_dtype(precision: str, device: torch.device, mixed: bool) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32. ``auto``: bf16 or (capability 7, V100) fp16 on a GPU, bf16 on a CPU that has it
-    in hardware, fp32 where autocast does not pay (``mixed``). Errors: UserError for an unknown precision."""
+    """The dtype of autocast, None for fp32. ``auto``: bf16 or (capability 7, V100) fp16 on a GPU, bf16 on a CPU that
+    has it in hardware, fp32 where autocast does not pay (``mixed``). Errors: UserError for an unknown precision."""
     named = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision != "auto":
         if precision not in named:
@@ -383,13 +400,15 @@ def find_data(data_dir: str | None, data_files: Sequence[str], fetch: str) -> Pa
     folder = Path(os.path.expanduser(data_dir)) if data_dir else None
     for file in data_files:
         if folder is None or not (folder / file).is_file():
-            place = f"task.data_dir={folder} has no {file}" if folder else f"this task needs task.data_dir, the folder with {file}"
+            place = f"task.data_dir={folder} has no {file}"
+            if folder is None:
+                place = f"this task needs task.data_dir, the folder with {file}"
             raise UserError(f"{place}; fetch it with: {fetch.replace('{data_dir}', str(folder or 'data'))}")
     return folder
 
 
 def stratified_split(labels: Tensor, share: float, *name: str) -> tuple[Tensor, Tensor]:
-    """Indices of a random ``share`` of every class and of the rest, both shuffled; the same for every trial and seed."""
+    """Indices of a random ``share`` of every class, and of the rest, both shuffled; the same for every trial."""
     generator = rng(SPLIT_SEED, "split", *name)
     first, second = [], []
     for label in labels.unique():
@@ -435,9 +454,10 @@ def _mean_loss(losses: Sequence[Tensor]) -> float:
 def _read_digits() -> np.ndarray:
     """(1797, 65) table of pixels and label; found without importing sklearn, which takes seconds."""
     spec = importlib.util.find_spec("sklearn")
-    file = Path(next(iter(spec.submodule_search_locations or []))) / "datasets" / "data" / "digits.csv.gz" if spec else None
-    if file is None or not file.is_file():
-        raise UserError("the digits come with scikit-learn, which is missing; install it with: uv pip install scikit-learn")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    file = next((path for folder in folders if (path := Path(folder) / "datasets/data/digits.csv.gz").is_file()), None)
+    if file is None:
+        raise UserError("the digits come with scikit-learn; install it with: uv pip install scikit-learn")
     with gzip.open(file, "rt") as lines:
         return np.loadtxt(lines, delimiter=",")
 
@@ -452,7 +472,7 @@ def _read_cifar(data_dir: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of containers, numbers, strings and numpy arrays, and refuses any other class: data are not code."""
+    """Reads pickles of containers, numbers, strings and numpy arrays and refuses all else: data are not code."""
 
     ALLOWED: ClassVar[set[tuple[str, str]]] = {
         *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
@@ -464,7 +484,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise UserError(f"a data file names {module}.{name}, which no CIFAR batch does: it is damaged or not what it seems")
+            raise UserError(f"a data file names {module}.{name}, as no CIFAR batch does: it is not what it seems")
         return super().find_class(module.replace("numpy.core", "numpy._core") if _NEW_NUMPY else module, name)
 
 

@@ -25,11 +25,13 @@ class Crash(Exception):
 
 
 class FolderContext:
-    """A trial's context: its checkpoint is a file, its reports a list. ``crash_at``: dies instead of sending that report."""
+    """A trial's context: a checkpoint file and a list of reports; dies instead of sending report ``crash_at``."""
 
     device, trial_id, attempt = "cpu", 7, "0001-0001"
 
-    def __init__(self, folder: Path, ohgw: dict[str, Any], config: dict[str, Any], crash_at: int | None = None, **settings: Any):
+    def __init__(
+        self, folder: Path, ohgw: dict[str, Any], config: dict[str, Any], crash_at: int | None = None, **settings: Any
+    ):
         task = yaml.safe_load((ROOT / "conf/task/digits.yaml").read_text())["task"]
         self.config, self.seed, self.folder, self.crash_at = config, 11, folder, crash_at
         self.settings = {"task": task, "ohgw": ohgw, "max_resource_attr": "epochs", **settings}
@@ -63,7 +65,9 @@ def attempt(tmp_path):
     def run(ohgw=None, epochs=2, folder="a", config=None, crash_at=None, **settings):
         path = tmp_path / folder
         path.mkdir(exist_ok=True)
-        ctx = FolderContext(path, ohgw or {"estimator": "off"}, {**(config or CONFIG), "epochs": epochs}, crash_at, **settings)
+        ctx = FolderContext(
+            path, ohgw or {"estimator": "off"}, {**(config or CONFIG), "epochs": epochs}, crash_at, **settings
+        )
         try:
             trial.run(ctx)
         except Crash:
@@ -95,7 +99,8 @@ def test_busy_seconds_are_charged_once_and_add_up(attempt):
     charged = sum(sum(report["busy"].values()) for report in reports)
     assert charged <= elapsed  # FLOP counting is off the clock
     first, *later = (report["busy"] for report in reports)
-    assert first["startup"] > 0 and first["warm_start"] > 0
+    assert first["startup"] > 0
+    assert first["warm_start"] > 0
     assert all(busy["startup"] == busy["warm_start"] == 0 for busy in later)
     assert first["warm_start"] >= reports[0]["warm_start"]["seconds"]
     assert all(busy[kind] > 0 for busy in (first, *later) for kind in ("train", "validate", "test"))
@@ -122,10 +127,12 @@ def test_the_warm_start_moves_what_is_trained_and_travels_with_the_first_report_
     vanilla = attempt(epochs=2, folder="off").reports
     warm = attempt(ON, epochs=2, folder="on").reports
     record = warm[0]["warm_start"]
-    assert record["x"] == CONFIG and record["x_prime"] != CONFIG
+    assert record["x"] == CONFIG
+    assert record["x_prime"] != CONFIG
     assert record["flops"] == warm[0]["flops"]["warm_start"] > 0
     assert record["peak_memory"] > 0
-    assert "warm_start" not in warm[1] and "warm_start" not in warm[1]["flops"]
+    assert "warm_start" not in warm[1]
+    assert "warm_start" not in warm[1]["flops"]
     assert learning(warm) != learning(vanilla)
     assert learning(warm) == learning(attempt(epochs=2, folder="x_prime", config=record["x_prime"]).reports)
 
@@ -137,7 +144,8 @@ def test_a_trial_is_warm_started_once_even_if_its_worker_dies_in_the_first_epoch
     monkeypatch.setattr(trial, "warm_start", None)
     reports = attempt(ON, epochs=2, folder="dies").reports
     assert learning(reports) == learning(straight)
-    assert {**reports[0]["warm_start"], "seconds": 0, "peak_memory": 0} == {**straight[0]["warm_start"], "seconds": 0, "peak_memory": 0}
+    measured = {"seconds": 0, "peak_memory": 0}
+    assert reports[0]["warm_start"] | measured == straight[0]["warm_start"] | measured
     assert reports[0]["busy"]["warm_start"] >= reports[0]["warm_start"]["seconds"]  # spent by the attempt that died
 
 
