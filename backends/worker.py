@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -234,18 +235,26 @@ def main() -> None:
     init = json.loads(sys.stdin.buffer.readline())
     die_with_parent(init["parent"])  # in case a fork of the driver keeps the connection open
     sys.path[:] = init["sys_path"]
-    with Client(init["address"], authkey=bytes.fromhex(init["key"])) as connection:
-        interpreter = Interpreter(init["threads"])
-        worker = Worker(connection, "cpu", interpreter)
-        worker.send(m="hello", spawn=init["spawn"], pid=os.getpid())
-        threading.Thread(target=worker.listen, daemon=True).start()
-        worker.device = warm_up(init["warm"], init["threads"], init["gpu"])
-        interpreter.remember_torch()
-        interpreter.reset(seed=0)  # the first time costs milliseconds
-        _freeze()
-        worker.send(m="ready", device=worker.device)
-        worker.serve()
+    connection = Client(init["address"], authkey=bytes.fromhex(init["key"]))
+    try:
+        _serve(connection, init)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # before the connection closes, which would end it without a word
     os._exit(0)  # waits for nothing that a broken GPU context could hold up
+
+
+def _serve(connection: Connection, init: dict[str, Any]) -> None:
+    interpreter = Interpreter(init["threads"])
+    worker = Worker(connection, "cpu", interpreter)
+    worker.send(m="hello", spawn=init["spawn"], pid=os.getpid())
+    threading.Thread(target=worker.listen, daemon=True).start()
+    worker.device = warm_up(init["warm"], init["threads"], init["gpu"])
+    interpreter.remember_torch()
+    interpreter.reset(seed=0)  # the first time costs milliseconds
+    _freeze()
+    worker.send(m="ready", device=worker.device)
+    worker.serve()
 
 
 if __name__ == "__main__":

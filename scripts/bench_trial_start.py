@@ -4,8 +4,8 @@
 
 Both train the same small network on UCI digits. LocalBackend runs a training script in Syne Tune's own style (argparse,
 import torch, load the data, build the model, Reporter); the pool runs a trial function whose data stay in the worker.
-The clock starts before ``start_trial`` and stops at the time stamp the trial takes after its first optimiser step, which is
-its first report. Trials of both kinds alternate in one run, one at a time on an otherwise idle machine. The pool's own
+The clock starts before ``start_trial`` and stops at the time stamp the trial takes after its first optimiser step, its
+first report. Trials of both kinds alternate in one run, one at a time on an otherwise idle machine. The pool's own
 start-up is paid once, before the first trial, and printed apart.
 """
 

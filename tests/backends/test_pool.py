@@ -33,7 +33,7 @@ def test_reports_arrive_once_in_order_before_the_end(pool, tmp_path):
 def test_more_trials_than_workers_are_queued(pool, tmp_path):
     b = backend(pool, "report_only", tmp_path)
     for _ in range(7):
-        b.start_trial({"epochs": 2, "x": 1.0})
+        b.start_trial({"epochs": 2, "x": 1.0, "sleep": 0.05})
     assert len(b.busy_trial_ids()) == 7
     statuses, reports = finish(b, list(range(7)))
     assert set(statuses.values()) == {Status.completed}
