@@ -26,6 +26,11 @@ class _FlopCounter(TorchDispatchMode):
         self.formulas = formulas
         self.total = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled in here, and keeping the compiler out would import it, 4 s in every process."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
