@@ -5,7 +5,7 @@
     python scripts/bench_warm_start.py --task digits --model cnn --batch-size 32
 
 A training step is one batch drawn, augmented, forward, backward and an SGD update, in fp32 as the warm start. Time:
-median [min-max] of ``--repeats`` alternating measurements after warm-up, device synchronised. Memory: weights and buffers
+median [min-max] of ``--repeats`` alternating measurements after warm-up, device synchronised. Memory: weights, buffers,
 plus the peak of what is allocated beyond them, from the CUDA allocator, or on the CPU from the running sum of the
 profiler's allocation records. The share of an epoch is in time, against steps per epoch x the median step.
 """

@@ -56,6 +56,8 @@ _HOMES = {
     "settings": ("Settings",),
 }
 
+__all__ = [name for names in _HOMES.values() for name in names]
+
 
 def __getattr__(name: str) -> Any:
     """Load the module that ``name`` lives in: the tuner's process needs no torch, a trial's process no Syne Tune."""
@@ -66,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(name for names in _HOMES.values() for name in names)
+    return sorted(__all__)

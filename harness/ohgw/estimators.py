@@ -141,7 +141,7 @@ def lookahead(
 ) -> Estimate:
     """F after one update on ``batches[0]``, probed on ``batches[1]``, and dF/dpsi for each of ``coordinates``.
 
-    Costs about 2 training steps; 1 more for each linear z, or about 3 more for all z together if one is not linear
+    Costs about 2 training steps; 1 more for each linear z, or 3 to 4 more for all z together if one is not linear
     (that takes about twice the memory of a training step). Raises MissingGradient, or what autograd raises where an
     operation has no second derivative."""
     rule = problem.update
@@ -288,7 +288,7 @@ def _mixed_derivatives(
         return {name: _mixed_linear(problem, config, batch, name, q) for name in names}
     weights = _weights(problem.model)
     # the fused attention kernels have no second derivative
-    with _quiet(problem.model), sdpa_kernel(SDPBackend.MATH):
+    with _quiet(problem.model), sdpa_kernel(SDPBackend.MATH), _recomputed_convolutions():
         z = _hyperparameters(problem, config, names)
         loss = problem.train_loss(_net(problem.model, weights), batch, z)
         _require_path(loss, z, names)
@@ -302,6 +302,25 @@ def _mixed_derivatives(
         _require_second_derivative(q_g)
         grads = torch.autograd.grad(q_g, [z[name] for name in names], allow_unused=True)
         return {name: 0.0 if v is None else v.item() for name, v in zip(names, grads, strict=True)}
+
+
+def _recomputed_convolutions() -> torch.autograd.graph.saved_tensors_hooks:
+    """Operations that keep a convolution's output for their derivatives (batch normalisation, GELU) compute it again
+    instead, from the convolution's own inputs, which are kept anyway: a quarter less memory for two derivatives."""
+
+    def pack(kept: Tensor) -> Callable[[], Tensor]:
+        node: Any = kept.grad_fn
+        if node is None or node.name() != "ConvolutionBackward0" or node.next_functions[2][0] is not None:  # has a bias
+            return lambda: kept
+        how = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_transposed)
+        where = (node._saved_output_padding, node._saved_groups)
+        return lambda: torch.convolution(node._saved_input, node._saved_weight, None, *how, *where)
+
+    def unpack(compute: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():  # autograd puts the result in its place in the graph
+            return compute()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _mixed_linear(
