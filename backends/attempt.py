@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Outcome:
 
     kind: str  # returned | failed (expected) | memory | error
     reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)  # the exception's own ``details``, JSON-able
 
 
 def call(function: Callable[[], Any]) -> Outcome:
@@ -113,13 +114,17 @@ def call(function: Callable[[], Any]) -> Outcome:
     try:
         function()
     except TrialFailed as error:
-        return Outcome("failed", str(error))
+        return Outcome("failed", str(error), _details(error))
     except UserError as error:
-        return Outcome("failed", str(error))
+        return Outcome("failed", str(error), _details(error))
     except BaseException as error:  # a trial's sys.exit() must not end the worker
         reason = traceback.format_exc()
-        return Outcome("memory" if is_out_of_memory(error) else "error", reason)
+        return Outcome("memory" if is_out_of_memory(error) else "error", reason, _details(error))
     return Outcome("returned")
+
+
+def _details(error: BaseException) -> dict[str, Any]:
+    return json.loads(to_json(getattr(error, "details", {})))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

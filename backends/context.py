@@ -33,7 +33,10 @@ class UserError(Exception):
 
 
 class TrialFailed(Exception):
-    """An expected failure of one trial, such as a loss that is not finite; the message is the reason."""
+    """An expected failure of one trial, such as a loss that is not finite; the message is the reason.
+
+    This and any other exception may carry a JSON-able dict in an attribute ``details`` (what the trial had spent, say);
+    ``backend.failure_details(trial_id)`` has it."""
 
 
 class TrialContext(Protocol):

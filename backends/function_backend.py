@@ -59,6 +59,7 @@ class FunctionBackend(TrialBackend):
         self._attempts: dict[int, int] = defaultdict(int)
         self._retries: dict[int, int] = defaultdict(int)
         self._reasons: dict[int, str] = {}
+        self._details: dict[int, dict[str, Any]] = {}
         self._fresh: list[tuple[int, dict[str, Any]]] = []
         super().__init__(delete_checkpoints=delete_checkpoints, **inherited)
 
@@ -101,8 +102,8 @@ class FunctionBackend(TrialBackend):
         else:
             self._on_failed(trial_id, f"{self.function} returned without a single report")
 
-    def _on_failed(self, trial_id: int, reason: str) -> None:
-        self._reasons[trial_id] = reason
+    def _on_failed(self, trial_id: int, reason: str, details: dict[str, Any] | None = None) -> None:
+        self._reasons[trial_id], self._details[trial_id] = reason, details or {}
         self._end(trial_id, Status.failed)
 
     def _on_lost(self, trial_id: int, attempt: str, reason: str) -> None:
@@ -240,6 +241,10 @@ class FunctionBackend(TrialBackend):
     def failure(self, trial_id: int) -> str:
         """Why the trial failed or was last retried: a reason or a traceback; empty if nothing happened to it."""
         return self._reasons.get(trial_id, "")
+
+    def failure_details(self, trial_id: int) -> dict[str, Any]:
+        """What the exception that failed the trial carried in its ``details``; empty if nothing."""
+        return self._details.get(trial_id, {})
 
     def restore(self, trials: Iterable[RestoredTrial]) -> None:
         """Take over the trials of an earlier run, so that the Tuner may resume the paused ones.

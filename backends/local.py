@@ -169,7 +169,7 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         if code == 0:
             self._on_returned(trial_id)
         elif running.outcome.exists():
-            self._on_failed(trial_id, running.outcome.read_text())
+            self._on_failed(trial_id, *json.loads(running.outcome.read_text()))
         else:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             self._on_lost(trial_id, running.attempt, f"process {running.process.pid} {how}")

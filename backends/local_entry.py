@@ -54,7 +54,7 @@ def _attempt(spec: dict[str, Any], order: dict[str, Any], stop: threading.Event)
     if outcome.kind == "returned":
         return 0
     print(outcome.reason, file=sys.stderr)
-    Path(order["outcome"]).write_text(outcome.reason)
+    Path(order["outcome"]).write_text(json.dumps([outcome.reason, outcome.details]))
     return 1
 
 

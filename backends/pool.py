@@ -474,7 +474,7 @@ class PoolBackend(FunctionBackend):
         elif message["kind"] == "returned":
             self._on_returned(trial_id)
         else:
-            self._on_failed(trial_id, message["reason"])
+            self._on_failed(trial_id, message["reason"], message["details"])
 
     def __getstate__(self) -> dict[str, Any]:
         """``Tuner.save`` dumps the backend: processes and connections stay behind."""

@@ -5,7 +5,7 @@ from stdin. Messages are JSON bytes both ways:
 
     in    {"m": "start", "key", "spec"}   {"m": "stop", "key"}   {"m": "prepare", "generation", "function", "settings"}
     out   {"m": "hello", "spawn", "pid"}   {"m": "ready", "device"}   {"m": "prepared", "generation", "error", "user"}
-          {"m": "report", "key", "report"}   {"m": "done", "key", "kind", "reason", "replace"}
+          {"m": "report", "key", "report"}   {"m": "done", "key", "kind", "reason", "details", "replace"}
 
 A reused worker gives bit for bit what a fresh one gives: before each attempt ``Interpreter.reset`` puts back all global
 state it knows of. When the connection closes (the driver is gone) the worker and all it started die at once.
@@ -160,7 +160,7 @@ class Worker:
         replace = outcome.kind == "error" and _cuda_is_initialized()
         if outcome.kind != "returned":
             gc.collect()  # the traceback held the model
-        self.send(m="done", key=key, kind=outcome.kind, reason=outcome.reason, replace=replace)
+        self.send(m="done", key=key, kind=outcome.kind, reason=outcome.reason, details=outcome.details, replace=replace)
         return not replace
 
     def _logged(self, spec: AttemptSpec, context: Attempt) -> Outcome:

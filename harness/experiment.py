@@ -1,7 +1,8 @@
 """One cell: build the scheduler, the backend and Syne Tune's ``Tuner``, run, record; continue it where it stopped.
 
-A cell that was interrupted is continued by replaying its events into a fresh scheduler (``harness/recorder.py``); trials
-that were running go on from their checkpoints. A cell whose record cannot be continued is set aside and starts again.
+A cell that was interrupted is continued by replaying its events into a fresh scheduler (``harness/recorder.py``);
+trials that were running go on from their checkpoints. A cell whose record cannot be continued is set aside and starts
+again.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from syne_tune import Tuner
 from syne_tune.tuner_callback import TunerCallback
 from syne_tune.tuner_logger import TunerLogger
 
-from backends.local import LocalTrialBackend
 from backends.context import RestoredTrial
+from backends.function_backend import threads_per_worker
+from backends.local import LocalTrialBackend
 from backends.pool import PoolBackend, WorkerPool
 from harness import record
 from harness.instantiate import instantiate
@@ -69,18 +71,30 @@ def run_cell(
         return _attempt(cell, paths, pool, meta, [], on_event)
 
 
-def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
+def _attempt(
+    cell: Cell,
+    paths: CellPaths,
+    pool: WorkerPool | None,
+    meta: dict[str, Any],
+    events: list[dict[str, Any]],
+    on_event: Callable[[Recorder, dict[str, Any]], None],
+) -> dict[str, Any]:
     run = 1 + sum(event["e"] == "open" for event in events)
     log, trials = EventLog(paths.events), _TrialsLog(paths, events)
     clock = CellClock(events[-1]["t"] if events else 0.0)
     backend = _backend(cell, paths, pool, run)
+
+    def recorded(event: dict[str, Any]) -> None:
+        trials.event(event)
+        on_event(recorder, event)
+
     recorder = Recorder(
         _scheduler(cell.config),
         log,
         Budget(**cell.config["budget"]),
         clock,
-        backend.failure,
-        on_event=lambda event: (trials.event(event), on_event(recorder, event)),
+        lambda trial_id: {"reason": backend.failure(trial_id), **backend.failure_details(trial_id)},
+        on_event=recorded,
     )
     backend.on_event = recorder.note
     try:
@@ -103,8 +117,7 @@ def _attempt(cell, paths, pool, meta, events, on_event) -> dict[str, Any]:
     finally:
         log.close()
         trials.close()
-        if pool is None:
-            backend.stop_all()
+        backend.close()
     return _finish(cell, paths, why)
 
 
@@ -116,7 +129,7 @@ def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder) -> str
             scheduler=recorder,
             stop_criterion=lambda status: bool(recorder.exhausted() or recorder.progress.barren >= BARREN_LIMIT),
             n_workers=cell.config["n_workers"],
-            sleep_time=0.0 if isinstance(backend, PoolBackend) else 0.05,  # the pool blocks in fetch_status_results
+            sleep_time=0.0,  # both backends block in fetch_status_results
             max_failures=10**9,  # a failed trial never ends a cell; BARREN_LIMIT does
             tuner_name=paths.folder,
             suffix_tuner_name=False,
@@ -127,10 +140,13 @@ def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder) -> str
             output_logger=_Silent(),
         )
         tuner.tuner_path = paths.root / "syne-tune"
+        tuner.last_seen_result_per_trial = {k: t.results[-1] for k, t in recorder.progress.trials.items() if t.results}
         tuner.run()
     if recorder.progress.barren >= BARREN_LIMIT:
         last = max(k for k, t in recorder.progress.trials.items() if t.status == "Failed")
-        raise CellFailed(f"{BARREN_LIMIT} trials in a row failed without one report; the last one: {backend.failure(last)}")
+        raise CellFailed(
+            f"{BARREN_LIMIT} trials in a row failed without one report; the last one: {backend.failure(last)}"
+        )
     return recorder.exhausted() or recorder.progress.exhausted or "scheduler"
 
 
@@ -162,12 +178,19 @@ def trial_settings(cell: Cell, paths: CellPaths | None = None) -> dict[str, Any]
     }
 
 
-def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) -> Any:
+def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) -> PoolBackend | LocalTrialBackend:
     options = cell.config["backend"]
-    common = {"settings": trial_settings(cell, paths), "seed": cell.seed, "path": str(paths.root), "run": run}
-    if pool is None:
-        return LocalTrialBackend(TRIAL_FUNCTION, **common)
-    return PoolBackend(TRIAL_FUNCTION, pool=pool, max_retries=options["max_retries"], **common)
+    common: dict[str, Any] = {
+        "settings": trial_settings(cell, paths),
+        "seed": cell.seed,
+        "path": str(paths.root),
+        "run": run,
+        "max_retries": options["max_retries"],
+    }
+    if pool is not None:
+        return PoolBackend(TRIAL_FUNCTION, pool=pool, **common)
+    threads = options["threads"] or threads_per_worker(cell.config["n_workers"])
+    return LocalTrialBackend(TRIAL_FUNCTION, threads=threads, stop_grace=options["stop_grace"], **common)
 
 
 def _paused_if_running(status: str) -> str:
@@ -185,24 +208,25 @@ class _TrialsLog:
         known, _ = record.read_trials(paths.trials)
         self._log = EventLog(paths.trials)
         self._known = set(known)
-        self._configs: dict[int, dict[str, Any]] = {}
+        self._starts: dict[int, dict[str, Any]] = {}
         for event in events:
             self.event(event)
 
     def event(self, event: dict[str, Any]) -> None:
-        trial = event.get("trial")
         if event["e"] == "start":
-            self._configs[trial] = event
-        elif event["e"] == "report" and trial not in self._known:
-            for row in record.trial_rows([self._configs[trial], event]):
+            self._starts[event["trial"]] = event
+        elif event["e"] == "report" and event["trial"] not in self._known:
+            for row in record.trial_rows([self._starts[event["trial"]], event]):
                 self._log.append(row)
-            self._known.add(trial)
+            self._known.add(event["trial"])
 
     def close(self) -> None:
         self._log.close()
 
 
-def _earlier_events(paths: CellPaths, cell: Cell, meta: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def _earlier_events(
+    paths: CellPaths, cell: Cell, meta: dict[str, Any], warn: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """The events of earlier attempts; an unusable record is set aside with a warning, and the cell starts afresh."""
     if not paths.events.exists():
         _create(paths, cell, meta)

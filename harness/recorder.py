@@ -1,7 +1,7 @@
-"""Between Syne Tune's ``Tuner`` and the scheduler: writes every decision down as it is made, keeps the budgets, replays.
+"""Between Syne Tune's ``Tuner`` and the scheduler: writes every decision down as it is made, keeps budgets, replays.
 
-The recorder is itself a ``TrialScheduler``. It hides test scores from the scheduler, and after a crash it brings a fresh
-scheduler to where the old one was by feeding it the recorded events and checking that it decides the same.
+The recorder is itself a ``TrialScheduler``. It hides test scores from the scheduler, and after a crash it brings a
+fresh scheduler to where the old one was by feeding it the recorded events and checking that it decides the same.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision, TrialScheduler, Tri
 
 from harness.record import EventLog
 
-HIDDEN = ("test_score", "test_loss")  # recorded for the study, never shown to a scheduler (DESIGN 3: test evaluation)
+HIDDEN = ("test_score", "test_loss")  # recorded for the study, never shown to a scheduler
 NOT_GPU_TIME = ("test",)  # kinds of busy seconds that are left out of GPU-hours, for the same reason
 
 
@@ -71,7 +71,7 @@ class Progress:
 
     def apply(self, event: Mapping[str, Any], mode: str) -> None:
         """Account for one event of the log."""
-        kind, trial = event["e"], event.get("trial")
+        kind, trial = event["e"], event.get("trial", -1)
         if kind == "start":
             self.trials[trial] = TrialState(dict(event["config"]))
         elif kind == "resume":
@@ -83,6 +83,7 @@ class Progress:
             self.trials[trial].status = Status.failed
             self.failures += 1
             self.barren += 1
+            self._charge(event)
         elif kind == "complete":
             self.trials[trial].status = Status.completed
         elif kind == "none":
@@ -94,10 +95,13 @@ class Progress:
         trial.status = {"PAUSE": Status.paused, "STOP": Status.stopped}.get(event["decision"], Status.in_progress)
         self.epochs += 1
         self.barren = 0
-        self.gpu_seconds += sum(s for kind, s in result.get("busy", {}).items() if kind not in NOT_GPU_TIME)
+        self._charge(result)
         score = result["validation_score"]
         if math.isfinite(score) and (self.best is None or (score > self.best if mode == "max" else score < self.best)):
             self.best = score
+
+    def _charge(self, spent: Mapping[str, Any]) -> None:
+        self.gpu_seconds += sum(s for kind, s in spent.get("busy", {}).items() if kind not in NOT_GPU_TIME)
 
     def in_flight(self) -> list[int]:
         return [k for k, trial in sorted(self.trials.items()) if trial.status == Status.in_progress]
@@ -110,7 +114,7 @@ class Recorder(TrialScheduler):
     :param log: where events go
     :param budget: limits; once one is used up no further report is recorded and ``exhausted()`` is true
     :param clock: seconds since the cell started
-    :param failure: ``trial_id -> reason`` of a failed trial
+    :param failure: ``trial_id -> {"reason": ..., "busy": ...}`` of a failed trial
     :param on_event: called after every event is on disk (progress display, tracker)
     """
 
@@ -120,7 +124,7 @@ class Recorder(TrialScheduler):
         log: EventLog,
         budget: Budget,
         clock: CellClock,
-        failure: Callable[[int], str],
+        failure: Callable[[int], dict[str, Any]],
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     ):
         super().__init__(random_seed=0)
@@ -164,7 +168,7 @@ class Recorder(TrialScheduler):
 
     def on_trial_error(self, trial: Trial) -> None:
         self.scheduler.on_trial_error(trial)
-        self._write({"e": "error", "trial": trial.trial_id, "reason": self.failure(trial.trial_id)})
+        self._write({"e": "error", "trial": trial.trial_id, **self.failure(trial.trial_id)})
 
     def on_trial_complete(self, trial: Trial, result: dict[str, Any]) -> None:
         self.scheduler.on_trial_complete(trial, _visible(result))
@@ -181,7 +185,11 @@ class Recorder(TrialScheduler):
         return self.mode
 
     def metadata(self) -> dict[str, Any]:
-        return {"scheduler_name": type(self.scheduler).__name__, "metric_names": self.metric_names(), "metric_mode": self.mode}
+        return {
+            "scheduler_name": type(self.scheduler).__name__,
+            "metric_names": self.metric_names(),
+            "metric_mode": self.mode,
+        }
 
     # ---- budgets and log
 

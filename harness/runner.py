@@ -16,7 +16,6 @@ from rich.console import Console
 from backends import gpus
 from backends.context import UserError
 from backends.pool import WorkerPool
-from harness import report
 from harness.experiment import PREPARE_FUNCTION, CellFailed, run_cell, trial_settings
 from harness.instantiate import instantiate
 from harness.progress import Display
@@ -45,7 +44,7 @@ class Outcome:
 
 
 def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
-    """Run every unfinished cell of ``plan``, print the summary, return the exit code (0, 1 a cell failed, 130 Ctrl-C)."""
+    """Run every unfinished cell of ``plan`` and print the summary; the exit code: 0, 1 a cell failed, 130 Ctrl-C."""
     console = Console(stderr=json_output)
     root = Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
     _check_writable(root)
@@ -60,7 +59,14 @@ def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
         console.print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are finished already")
     outcome = _run(todo, len(plan.cells), console, meta)
     _say_outcome(outcome, console)
+    from harness import report  # two seconds of imports, better spent at the end
+
     results = report.load_results(root)
+    for warning in [
+        *results.warnings,
+        *(f"cell {cell} is corrupt and left out: {why}" for cell, why in results.corrupt.items()),
+    ]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if json_output:
         print(json.dumps(report.summary_json(results), indent=1))
     else:
@@ -157,7 +163,9 @@ def _check_writable(root: Path) -> None:
         probe.write_text("x" * 4096)
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write results to {root}: {error.strerror}; choose another results_dir or name") from None
+        raise UserError(
+            f"cannot write results to {root}: {error.strerror}; choose another results_dir or name"
+        ) from None
 
 
 def _check_gpus(devices: list[gpus.Gpu]) -> None:

@@ -80,7 +80,8 @@ class Task:
     space: str = option("search space, one of task.spaces")
     label_noise: float = option("share of training labels replaced at random", min=0, max=1)
     data_dir: str | None = option("folder of the data (taken literally, ~ expanded)")
-    precision: str = option("arithmetic of the training step")
+    schedule: str = option("learning rate over a trial: constant, or half a cosine to 0", choices="constant cosine")
+    precision: str = option("arithmetic of the training step", choices="auto fp32 bf16 fp16")
 
 
 @dataclass

@@ -50,7 +50,17 @@ def prepare(settings: Mapping[str, Any], device: str) -> None:
 
 def run(ctx: TrialContext) -> None:
     """Train ``ctx.config`` to its milestone or until told to stop. Errors: TrialFailed if a loss is not finite."""
-    settings, clock, memory = ctx.settings, Clock(ctx.device, ctx.started), PeakMemory(ctx.device)
+    clock = Clock(ctx.device, ctx.started)
+    try:
+        train(ctx, clock)
+    except Exception as error:  # what the trial spent is charged to it all the same
+        error.details = {"busy": clock.take()}  # type: ignore[attr-defined]
+        raise
+
+
+def train(ctx: TrialContext, clock: "Clock") -> None:
+    """``run``, with the seconds that are not reported yet on ``clock``."""
+    settings, memory = ctx.settings, PeakMemory(ctx.device)
     task = load_task(settings["task"], ctx.device)
     milestone = min(int(ctx.config.get(settings["max_resource_attr"], task.max_epochs)), task.max_epochs)
     x = {name: value for name, value in ctx.config.items() if name != settings["max_resource_attr"]}
