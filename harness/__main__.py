@@ -30,7 +30,8 @@ inclusive ranges work for every group and key, and a sweep is their product: sch
 options:
   --dry-run   print the plan and its state, run nothing       --json       machine-readable output
   --cfg job   print the composed config of the first cell     --version    print the version
-  -m          accepted, not needed: every list is a sweep     -h, --help   this page
+  -v          show what trials printed when a cell ends       -h, --help   this page
+  -m          accepted, not needed: every list is a sweep
 """
 
 EXAMPLES = """\
@@ -41,7 +42,7 @@ examples:
 exit codes: 0 all cells finished, 1 a cell failed, 2 wrong command line (nothing was run), 130 interrupted
 """
 
-OPTIONS = ("--help", "--cfg", "--dry-run", "--json", "--multirun", "--version", "-h", "-m")
+OPTIONS = ("--help", "--cfg", "--dry-run", "--json", "--multirun", "--verbose", "--version", "-h", "-m", "-v")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +81,7 @@ def _main(argv: list[str], conf: Path) -> int:
     sweep.check_data(plan)
     from harness.runner import run_sweep
 
-    return run_sweep(plan, json_output=options.json)
+    return run_sweep(plan, json_output=options.json, verbose=options.verbose)
 
 
 def _version() -> str:
@@ -100,6 +101,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--version", action="store_true")
     options, overrides = parser.parse_known_args(argv)
     for word in overrides:

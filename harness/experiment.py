@@ -257,10 +257,19 @@ def _finish(cell: Cell, paths: CellPaths, why: str) -> dict[str, Any]:
     summary = record.summarize(cell.config, events) | {"stop_reason": why}
     if cell.config["save_model"] == "best":
         _keep_best_model(paths, summary)
+    _collect_logs(paths)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)  # pause checkpoints are of no use once the cell has ended
     shutil.rmtree(paths.root / "syne-tune", ignore_errors=True)
     record.write_json(paths.summary, summary)
     return summary
+
+
+def _collect_logs(paths: CellPaths) -> None:
+    """What trials printed goes from their folders to the cell's stdout.log and stderr.log."""
+    for target, name in ((paths.stdout, "std.out"), (paths.stderr, "std.err")):
+        with open(target, "a") as log:
+            for file in sorted(paths.checkpoints.glob(f"*/{name}"), key=lambda file: int(file.parent.name)):
+                log.write(f"--- trial {file.parent.name}\n{file.read_text(errors='replace')}")
 
 
 def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:

@@ -43,8 +43,12 @@ class Outcome:
         return EXIT_INTERRUPTED if self.interrupted else EXIT_FAILED if self.failed else 0
 
 
-def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
-    """Run every unfinished cell of ``plan`` and print the summary; the exit code: 0, 1 a cell failed, 130 Ctrl-C."""
+def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -> int:
+    """Run every unfinished cell of ``plan`` and print the summary; the exit code: 0, 1 a cell failed, 130 Ctrl-C.
+
+    ``json_output``: the summary as JSON on stdout, everything else on stderr. ``verbose``: what trials printed is shown
+    when their cell ends (it is in the cell's stdout.log and stderr.log anyway).
+    """
     console = Console(stderr=json_output)
     root = Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
     _check_writable(root)
@@ -57,7 +61,7 @@ def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if len(todo) < len(plan.cells):
         console.print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are finished already")
-    outcome = _run(todo, len(plan.cells), console, meta)
+    outcome = _run(todo, len(plan.cells), console, meta, verbose)
     _say_outcome(outcome, console)
     from harness import report  # two seconds of imports, better spent at the end
 
@@ -74,13 +78,15 @@ def run_sweep(plan: Plan, *, json_output: bool = False) -> int:
     return outcome.exit_code
 
 
-def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any]) -> Outcome:
+def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], verbose: bool) -> Outcome:
     outcome = Outcome()
     pools = _Pools()
     with Display(console, total, total - len(todo)) as display, _terminate_is_interrupt(), contextlib.closing(pools):
         try:
             for cell in todo:
                 _run_one(cell, pools, display, meta, outcome)
+                if verbose:
+                    _show_logs(_paths(cell), display)
         except KeyboardInterrupt:
             outcome.interrupted = True
     return outcome
@@ -120,6 +126,12 @@ def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any]
     except Exception:
         outcome.failed.append(cell.folder)
         display.message(f"{cell.folder}: failed.\n{traceback.format_exc()}")
+
+
+def _show_logs(paths: CellPaths, display: Display) -> None:
+    for file in (paths.stdout, paths.stderr):
+        if file.exists() and (text := file.read_text(errors="replace").rstrip()):
+            display.message(f"{file}:\n{text}")
 
 
 class _Pools:

@@ -89,7 +89,7 @@ def summary_tables(results: Results, tau: float | None = None) -> list[Compariso
     """Compare the variants of every (task, scheduler, setting); ``tau`` replaces the recorded targets."""
     if results.cells.empty:
         return []
-    groups = results.cells.groupby(["task", "scheduler", "setting"], sort=True)
+    groups: Any = results.cells.groupby(["task", "scheduler", "setting"], sort=True)
     told_apart = _differences([key for key, _ in groups])
     return [_compare(results, cells, told_apart[key], tau) for key, cells in groups]
 

@@ -142,7 +142,7 @@ def summary_json(results: Results, tau: float | None = None) -> dict[str, Any]:
 
 def counted(results: Results) -> str:
     """One line: how many cells there are of which kind."""
-    status = results.cells["status"].value_counts() if len(results.cells) else {}
+    status: Any = results.cells["status"].value_counts() if len(results.cells) else {}
     parts = [f"{status.get('finished', 0)} finished"]
     parts += [f"{n} {kind}" for kind, n in status.items() if kind != "finished"]
     if results.corrupt:

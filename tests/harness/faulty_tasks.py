@@ -23,6 +23,7 @@ class Unlucky(Digits):
 class _UnluckyRun(ImageRun):
     def train_epoch(self, should_stop: Any) -> Any:
         kind = int(self.config["momentum"] / 0.99 * 6)
+        print("momentum", self.config["momentum"])
         if kind == 1:
             raise ZeroDivisionError("bad luck")
         if kind == 2:

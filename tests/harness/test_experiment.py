@@ -133,15 +133,20 @@ def with_task(words: list[str], target: str, tmp_path: Path) -> Plan:
     return plan
 
 
-def test_trials_that_fail_fail_alone(tmp_path):
+def test_trials_that_fail_fail_alone(tmp_path, capsys):
     plan = with_task([*SMALL, "budget.epochs=60", "ohgw=normalized"], "Unlucky", tmp_path)
-    assert run_sweep(plan) == 0
+    assert run_sweep(plan, verbose=True) == 0
+    assert "--- trial 0\nmomentum" in capsys.readouterr().out
     (cell,) = cell_folders(tmp_path).values()
     reasons = [event["reason"] for event in events(cell, "error")]
     for word in ("bad luck", "memory", "nan"):
         assert any(word in reason for reason in reasons), reasons
     assert len(events(cell, "report")) == 60
     assert json.loads((cell / "summary.json").read_text())["failures"] == len(reasons)
+    assert all(event["busy"]["warm_start"] > 0 for event in events(cell, "error")), (
+        "what failed trials spent is charged"
+    )
+    assert "bad luck" in (cell / "stderr.log").read_text()
 
 
 def test_a_broken_task_fails_its_cells_and_only_them(tmp_path, capsys):

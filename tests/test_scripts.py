@@ -1,0 +1,55 @@
+"""The scripts that print the project's figures still run (small), and print them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+DATA = os.environ.get("OHGW_DATA_DIR")
+
+
+def run(*words: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, f"scripts/{words[0]}", *words[1:]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+@pytest.mark.slow
+def test_help(script, environment):
+    assert "usage" in run(script, "--help", environment=environment)
+
+
+@pytest.mark.slow
+def test_bench_sweep(environment):
+    output = run("bench_sweep.py", "--trials", "3", "--repeats", "1", "--skip-local", environment=environment)
+    assert "over pure training" in output
+
+
+@pytest.mark.slow
+def test_bench_trial_start(environment):
+    output = run("bench_trial_start.py", "--trials", "1", environment=environment)
+    assert "local / pool" in output
+
+
+@pytest.mark.slow
+def test_bench_warm_start(environment):
+    words = ["--task", "digits", "--model", "cnn", "--batch-size", "32", "--repeats", "1"]
+    assert "lookahead: + augmentation" in run("bench_warm_start.py", *words, environment=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="OHGW_DATA_DIR, the folder with cifar-10-batches-py, is not set")
+def test_bench_train(environment):
+    words = ["--data-dir", str(DATA), "--steps", "10", "--repeats", "1", "--loader-workers", "0"]
+    assert "usual fp32" in run("bench_train.py", *words, environment=environment)
