@@ -1,7 +1,13 @@
 """The command line: ``python -m harness [options] [key=value ...]``.
 
-Exit codes: 0 every cell is finished, 1 a cell failed, 2 the command line is wrong (nothing was run), 130 interrupted.
+Exit codes: 0 every cell is finished, 1 a cell failed, 2 the command line is wrong (nothing was run), 3 another command
+is still running some of the cells, 130 interrupted.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, without a traceback
 
 import argparse
 import json
@@ -39,7 +45,8 @@ examples:
   python -m harness scheduler=pasha ohgw=off,on seed=0..49
   python -m harness ohgw=off,normalized ohgw.eta=0.05,0.1 ohgw.mask=[lr] task.model=mlp seed=0..9 --dry-run
   python -m harness experiment=smoke
-exit codes: 0 all cells finished, 1 a cell failed, 2 wrong command line (nothing was run), 130 interrupted
+exit codes: 0 all cells finished, 1 a cell failed, 2 wrong command line (nothing was run), 3 another command is still
+running some of the cells, 130 interrupted
 """
 
 OPTIONS = ("--help", "--cfg", "--dry-run", "--json", "--multirun", "--verbose", "--version", "-h", "-m", "-v")
@@ -185,4 +192,5 @@ def _print_plan(plan: Plan, as_json: bool) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

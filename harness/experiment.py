@@ -202,7 +202,7 @@ def _paused_if_running(status: str) -> str:
 
 
 class _TrialsLog:
-    """Appends a line to trials.jsonl at the first report of each trial; catches up on what a crash left out."""
+    """Appends a line to trials.jsonl at a trial's first report or failure; catches up on what a crash left out."""
 
     def __init__(self, paths: CellPaths, events: list[dict[str, Any]]):
         known, _ = record.read_trials(paths.trials)
@@ -215,7 +215,7 @@ class _TrialsLog:
     def event(self, event: dict[str, Any]) -> None:
         if event["e"] == "start":
             self._starts[event["trial"]] = event
-        elif event["e"] == "report" and event["trial"] not in self._known:
+        elif event["e"] in ("report", "error") and event["trial"] not in self._known:
             for row in record.trial_rows([self._starts[event["trial"]], event]):
                 self._log.append(row)
             self._known.add(event["trial"])
@@ -229,8 +229,12 @@ def _earlier_events(
 ) -> list[dict[str, Any]]:
     """The events of earlier attempts; an unusable record is set aside with a warning, and the cell starts afresh."""
     if not paths.events.exists():
+        if paths.summary.exists():  # somebody deleted the events
+            warn(f"{paths.folder}: has no events, set aside as {record.set_aside(paths).name}, starting again")
         _create(paths, cell, meta)
         return []
+    if not (paths.config.exists() and paths.meta.exists()):
+        _create(paths, cell, meta)
     events, problems = record.read_events(paths.events)
     for problem in problems:
         warn(str(problem))
@@ -273,9 +277,9 @@ def _collect_logs(paths: CellPaths) -> None:
 
 
 def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
-    best = summary["incumbent"] and summary["incumbent"]["trial"]
+    best = summary["incumbent"] or {"trial": None, "epoch": None}
     for file in Path(paths.models).glob("*.pt"):
-        if file.stem != str(best):
+        if file.stem != f"{best['trial']}-{best['epoch']}":
             file.unlink()
 
 

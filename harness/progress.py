@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from harness.recorder import Recorder
 from harness.sweep import Cell
@@ -23,7 +24,7 @@ class Display:
 
     def __init__(self, console: Console, total: int, done: int):
         self.console, self.total, self.done = console, total, done
-        self._begun, self._ran, self._shown = time.monotonic(), 0, 0.0
+        self._begun, self._ran, self._shown = 0.0, 0, 0.0
         self._cell = ""
         self._budget: float | None = None
         self._live: Progress | None = None
@@ -31,13 +32,14 @@ class Display:
         if console.is_terminal:
             self._live = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=console,
-                auto_refresh=False,
+                refresh_per_second=2,  # its own thread, so that the clock moves during long epochs
                 transient=True,
+                expand=True,
             )
             self._sweep_bar = self._live.add_task("cells", total=total, completed=done, note="")
             self._cell_bar = self._live.add_task("epochs", total=None, note="", visible=False)
@@ -56,8 +58,10 @@ class Display:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start_cell(self, cell: Cell, resumed: bool) -> None:
-        self._cell, self._budget = cell.folder, cell.config["budget"]["epochs"]
+        self._budget = cell.config["budget"]["epochs"]
+        self._cell = f"{cell.scheduler} {cell.variant} seed {cell.seed}" if self._live else cell.folder
         self._shown = time.monotonic()
+        self._begun = self._begun or self._shown  # the workers' start-up says nothing of the time left
         if self._live:
             self._live.reset(self._cell_bar, total=self._budget, note="", visible=True)
         if resumed:
@@ -71,11 +75,11 @@ class Display:
         self._shown = now
         progress = recorder.progress
         best = "-" if progress.best is None else f"{progress.best:.4f}"
-        note = f"{self._cell}  {len(progress.trials)} trials  best {best}"
+        note = f"{len(progress.trials)} trials  best {best}"
+        note = f"{note}  {self._cell}" if self._live else f"{self._cell}  {note}"
         if self._live:
             self._live.update(self._cell_bar, completed=progress.epochs, note=note)
             self._live.update(self._sweep_bar, note=self._time_left())
-            self._live.refresh()
         else:
             of = f"/{self._budget}" if self._budget else ""
             self.message(f"{self.done}/{self.total} cells  {note}  {progress.epochs}{of} epochs  {self._time_left()}")
@@ -86,7 +90,6 @@ class Display:
         self._ran += 1
         if self._live:
             self._live.update(self._sweep_bar, completed=self.done, note=self._time_left())
-            self._live.refresh()
         else:
             self.message(f"{self.done}/{self.total} cells  {cell.folder}  {outcome}  {self._time_left()}")
 

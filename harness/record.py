@@ -97,7 +97,7 @@ class CellPaths:
 
     @property
     def finished(self) -> bool:
-        return self.summary.exists()
+        return self.summary.exists() and self.events.exists()
 
 
 class EventLog:
@@ -207,14 +207,14 @@ def read_trials(path: str | Path) -> tuple[dict[int, dict[str, Any]], list[Probl
 
 
 def trial_rows(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of trials.jsonl that ``events`` imply: one a trial, as of its first report."""
+    """The rows of trials.jsonl that ``events`` imply: one a trial, as of its first report or its failure before it."""
     configs: dict[Any, Any] = {}
     rows: dict[Any, dict[str, Any]] = {}
     for event in events:
         if event["e"] == "start":
             configs[event["trial"]] = event["config"]
-        elif event["e"] == "report" and event["trial"] not in rows:
-            warm = event["result"].get("warm_start") or {"x": configs.get(event["trial"])}
+        elif event["e"] in ("report", "error") and event["trial"] not in rows:
+            warm = event.get("result", event).get("warm_start") or {"x": configs.get(event["trial"])}
             rows[event["trial"]] = {"trial": event["trial"], "t": event["t"], **warm}
     return list(rows.values())
 
@@ -492,12 +492,16 @@ _NEEDED = {
 
 
 def _fault(event: Mapping[str, Any], seen: set[tuple[Any, Any]]) -> str | None:
-    """What makes a parsed line no event (None: nothing); ``seen`` collects the (trial, epoch) reported so far."""
+    """What makes a parsed line no event (None: nothing); ``seen`` collects the trials started and epochs reported."""
     kind = event.get("e")
     if not isinstance(kind, str) or not isinstance(event.get("t"), (int, float)):
         return "is not an event (it needs a kind e and a time t)"
     if missing := [key for key in _NEEDED.get(kind, ()) if key not in event]:
         return f"event {kind!r} lacks {', '.join(missing)}"
+    if kind == "start":
+        seen.add((event["trial"], "start"))
+    elif kind in ("resume", "report", "error", "complete") and (event["trial"], "start") not in seen:
+        return f"trial {event['trial']} was never started"
     if kind != "report":
         return None
     result = event["result"]

@@ -223,9 +223,10 @@ class Recorder(TrialScheduler):
         for number, event in enumerate(events, 1):
             try:
                 self._replay_one(event)
-            except ReplayError as error:
-                raise ReplayError(f"event {number} ({event['e']} of trial {event.get('trial')}): {error}") from None
-            self.progress.apply(event, self.mode)
+                self.progress.apply(event, self.mode)
+            except (ReplayError, LookupError, TypeError, ValueError) as error:  # what an inconsistent record does
+                why = error if isinstance(error, ReplayError) else repr(error)
+                raise ReplayError(f"event {number} ({event['e']} of trial {event.get('trial')}): {why}") from error
         self._returning = self.progress.in_flight()
 
     def _replay_one(self, event: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -15,8 +16,9 @@ from rich.console import Console
 
 from backends import gpus
 from backends.context import UserError
+from backends.local import LocalTrialBackend
 from backends.pool import WorkerPool
-from harness.experiment import PREPARE_FUNCTION, CellFailed, run_cell, trial_settings
+from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, run_cell, trial_settings
 from harness.instantiate import instantiate
 from harness.progress import Display
 from harness.provenance import provenance
@@ -26,7 +28,15 @@ from harness.sweep import Cell, Plan
 from harness.tracking import Guarded
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED, EXIT_ELSEWHERE, EXIT_INTERRUPTED = 1, 3, 130
+
+
+class _Console(Console):
+    """Goes quiet when its reader has gone away (``| head``, a dead ``tee``): the sweep goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 @dataclass
@@ -40,16 +50,19 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        return EXIT_INTERRUPTED if self.interrupted else EXIT_FAILED if self.failed else 0
+        if self.interrupted:
+            return EXIT_INTERRUPTED
+        return EXIT_FAILED if self.failed else EXIT_ELSEWHERE if self.busy else 0
 
 
 def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -> int:
-    """Run every unfinished cell of ``plan`` and print the summary; the exit code: 0, 1 a cell failed, 130 Ctrl-C.
+    """Run every unfinished cell of ``plan`` and print the summary; the exit code: 0, 1 a cell failed, 3 another
+    command is still running some of them, 130 Ctrl-C.
 
     ``json_output``: the summary as JSON on stdout, everything else on stderr. ``verbose``: what trials printed is shown
     when their cell ends (it is in the cell's stdout.log and stderr.log anyway).
     """
-    console = Console(stderr=json_output)
+    console = _Console(file=sys.stderr if json_output else sys.stdout)  # now: a cell redirects sys.stdout
     root = Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
     _check_writable(root)
     devices = gpus.visible_gpus()
@@ -65,16 +78,20 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
     _say_outcome(outcome, console)
     from harness import report  # two seconds of imports, better spent at the end
 
-    results = report.load_results(root)
+    try:
+        results = report.load_results(root)
+    except report.ResultsError:  # it ended before there was a record
+        return outcome.exit_code
+    taus = {cell.config["labels"]["setting"]: cell.config["task"].get("tau") for cell in plan.cells}
+    if json_output:
+        print(json.dumps(report.summary_json(results, taus), indent=1))
+    else:
+        report.print_summary(results, console, taus)
     for warning in [
-        *results.warnings,
+        *dict.fromkeys(results.warnings),
         *(f"cell {cell} is corrupt and left out: {why}" for cell, why in results.corrupt.items()),
     ]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    if json_output:
-        print(json.dumps(report.summary_json(results), indent=1))
-    else:
-        report.print_summary(results, console)
     return outcome.exit_code
 
 
@@ -89,6 +106,7 @@ def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], v
                     _show_logs(_paths(cell), display)
         except KeyboardInterrupt:
             outcome.interrupted = True
+    outcome.busy = [cell.folder for cell in todo if cell.folder in outcome.busy and not _paths(cell).finished]
     return outcome
 
 
@@ -114,7 +132,8 @@ def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any]
             finally:
                 tracker.finish(summary)
         outcome.finished.append(cell.folder)
-        display.finish_cell(cell, f"best {summary['best_validation_score']:.4f} in {summary['trials']} trials")
+        best = summary["best_validation_score"]
+        display.finish_cell(cell, f"best {'-' if best is None else f'{best:.4f}'} in {summary['trials']} trials")
     except CellBusy as busy:
         outcome.busy.append(cell.folder)
         display.message(f"{cell.folder}: left alone, {busy}")
@@ -140,27 +159,31 @@ class _Pools:
     def __init__(self) -> None:
         self._pool: WorkerPool | None = None
         self._key: tuple[Any, ...] = ()
-        self._prepared: dict[str, Any] | None = None
+        self._prepared: set[str] = set()  # tasks and variants that workers were told of
 
     def for_cell(self, cell: Cell, display: Display) -> WorkerPool | None:
-        backend = cell.config["backend"]
+        backend, settings = cell.config["backend"], trial_settings(cell)
+        wanted = json.dumps([settings["task"], settings["ohgw"]])
         if backend["name"] == "local":
+            if wanted not in self._prepared:  # find the user's mistakes before the first trial does
+                with contextlib.closing(LocalTrialBackend(TRIAL_FUNCTION)) as trials:
+                    trials.prepare(PREPARE_FUNCTION, settings)
+            self._prepared.add(wanted)
             return None
         key = (cell.config["n_workers"], backend["threads"], backend["stop_grace"])
         if self._pool is None or key != self._key:
             self.close()
             display.message(f"starting {key[0]} worker{'s' if key[0] > 1 else ''} ...")
             self._pool, self._key = WorkerPool(key[0], threads=key[1], stop_grace=key[2]), key
-        settings = trial_settings(cell)
-        if settings["task"] != self._prepared:
+        if wanted not in self._prepared:
             self._pool.prepare(PREPARE_FUNCTION, settings)
-            self._prepared = settings["task"]
+            self._prepared.add(wanted)
         return self._pool
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-        self._pool, self._prepared = None, None
+        self._pool, self._prepared = None, set()
 
 
 def _paths(cell: Cell) -> CellPaths:
@@ -201,21 +224,22 @@ def _disk_errors_are_the_users(paths: CellPaths) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminate_is_interrupt() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does: workers stopped, records closed."""
+    """SIGTERM and a closed terminal end a sweep as Ctrl-C does: workers stopped, records closed."""
 
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.busy:
-        console.print(f"{len(outcome.busy)} cells are being run by another command")
+        console.print(f"{len(outcome.busy)} cells are still being run by another command")
     if outcome.failed:
         console.print(f"{len(outcome.failed)} cells failed: {', '.join(outcome.failed)}")
     if outcome.interrupted:

@@ -7,9 +7,12 @@ once.
 
 ``ctx.settings``: ``task`` (the YAML's entry), ``ohgw`` (fields of ``harness.ohgw.Settings``; estimator "off": none),
 ``max_resource_attr`` (the configuration's key for the milestone), ``checkpoint_seconds`` (between checkpoints, besides
-those at milestones) and ``model_dir`` (folder for models; absent or null: none are kept). A model is
-``<model_dir>/<trial>.pt``, the weights at the trial's last milestone; the driver deletes those it does not want when
-the cell ends.
+those at milestones), ``model_dir`` (folder for models; absent or null: none are kept) and ``save_model``: a model is
+``<model_dir>/<trial>-<epoch>.pt``, the weights at the trial's best epochs so far (``best``; the driver keeps the
+incumbent's when the cell ends) or at its last milestone (``all``).
+
+Not charged to anything: the part of an epoch that a stop cuts off, and what a killed worker had done since its last
+report or checkpoint; both are repeated work or work nobody asked for.
 """
 
 import contextlib
@@ -19,67 +22,78 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backends.context import TrialContext, TrialFailed
+from backends.context import TrialContext, TrialFailed, UserError
 from harness.seeds import rng
 from harness.tasks import Run, Task, load_task
 
-CHECKPOINT_SECONDS = 5.0  # lost at most when a worker dies; a checkpoint takes milliseconds
-SAMPLE = 4  # images on which a warm start's FLOPs are counted
-NOTHING: dict[str, Any] = {
-    "run": None,
-    "warm_start": None,
-    "report": None,
-    "busy": {},
-}  # the state of a trial that has not begun
+if TYPE_CHECKING:
+    from harness.ohgw import WarmStart
 
-_flops_per_example: dict[
-    tuple[str, str], float
-] = {}  # of a warm start, by task and variant, and the estimator it came to use
+CHECKPOINT_SECONDS = 5.0  # lost at most when a worker dies; a checkpoint takes milliseconds
+OVERRUN = 5  # best models kept of a trial: it trains on while the driver decides, and the incumbent's must survive that
+SAMPLE = 4  # images on which a warm start's FLOPs are counted
+# the state of a trial that has not begun; ``best``: its best validation score so far
+NOTHING: dict[str, Any] = {"run": None, "warm_start": None, "report": None, "busy": {}, "best": None}
+
+# of a warm start, by task and variant, and the estimator it came to use
+_flops_per_example: dict[tuple[str, str], float] = {}
 
 
 def prepare(settings: Mapping[str, Any], device: str) -> None:
-    """Make the task's data resident; called once in every worker, before its first trial. Errors: UserError."""
-    load_task(settings["task"], device)
+    """Make the task's data resident and count what a warm start costs; called once in every worker, before its first
+    trial. Errors: UserError, also for a warm start that asks for more examples than the task has."""
+    task = load_task(settings["task"], device)
+    if settings["ohgw"]["estimator"] == "off":
+        return
+    asked, possible = settings["ohgw"]["batch_size"], task.largest_warm_start(settings["ohgw"]["probe"])
+    if asked > possible:
+        raise UserError(f"ohgw.batch_size={asked} is more than the {possible} examples this task has for a warm start")
+    x = task.space.sample(rng(0, "prepare"))
+    training = task.start(x, 0)
+    warm_start_flops(x, task, training, settings, 0, one_warm_start(x, task, training, settings, 0).estimator)
 
 
 def run(ctx: TrialContext) -> None:
     """Train ``ctx.config`` to its milestone or until told to stop. Errors: TrialFailed if a loss is not finite."""
     clock = Clock(ctx.device, ctx.started)
+    unreported: dict[str, Any] = {}
     try:
-        train(ctx, clock)
+        train(ctx, clock, unreported)
     except Exception as error:  # what the trial spent is charged to it all the same
-        error.details = {"busy": clock.take()}  # type: ignore[attr-defined]
+        error.details = {**unreported, "busy": clock.take()}  # type: ignore[attr-defined]
         raise
 
 
-def train(ctx: TrialContext, clock: "Clock") -> None:
-    """``run``, with the seconds that are not reported yet on ``clock``."""
+def train(ctx: TrialContext, clock: "Clock", unreported: dict[str, Any]) -> None:
+    """``run``; ``unreported`` holds the warm start's record until a report has carried it."""
     settings, memory = ctx.settings, PeakMemory(ctx.device)
-    task = load_task(settings["task"], ctx.device)
-    milestone = min(int(ctx.config.get(settings["max_resource_attr"], task.max_epochs)), task.max_epochs)
-    x = {name: value for name, value in ctx.config.items() if name != settings["max_resource_attr"]}
-
-    state = ctx.load() or NOTHING
-    record = state["warm_start"]
-    training = task.start(moved(x, record), ctx.seed)
-    if state["run"] is not None:
-        training.load_state_dict(state["run"])
-    if state["report"] is not None:
-        ctx.report(**state["report"])
-    clock.charge("startup")
+    with clock.charging("startup"):
+        task = load_task(settings["task"], ctx.device)
+        milestone = min(int(ctx.config.get(settings["max_resource_attr"], task.max_epochs)), task.max_epochs)
+        x = {name: value for name, value in ctx.config.items() if name != settings["max_resource_attr"]}
+        state = ctx.load() or NOTHING
+        record, best = state["warm_start"], state["best"]
+        training = task.start(moved(x, record), ctx.seed)
+        if state["run"] is not None:
+            training.load_state_dict(state["run"])
+        if state["report"] is not None:
+            ctx.report(**state["report"])
     clock.add(state["busy"])
 
     if training.epoch == 0 and record is None and settings["ohgw"]["estimator"] != "off":
         record = warm_start(x, task, training, ctx, clock, memory)
-        training.reconfigure(record["x_prime"])
-        ctx.save({**NOTHING, "warm_start": record, "busy": dict(clock.seconds)})
-        clock.charge("checkpoint")
+        unreported |= {"warm_start": record, "flops": {"warm_start": record["flops"]}}
+        with clock.charging("checkpoint"):
+            training.reconfigure(record["x_prime"])
+            ctx.save({**NOTHING, "warm_start": record, "busy": dict(clock.seconds)})
+    elif training.epoch == 0 and record is not None:
+        unreported |= {"warm_start": record, "flops": {"warm_start": record["flops"]}}
 
     memory.reset()
     saved_at = time.perf_counter()
@@ -88,32 +102,37 @@ def train(ctx: TrialContext, clock: "Clock") -> None:
         if report is None:
             return
         report["peak_memory"] = memory.peak()
-        if training.epoch == 1 and record is not None:
+        if unreported:
             report["warm_start"] = record
-            report["flops"]["warm_start"] = record["flops"]
+            report["flops"] |= unreported["flops"]
+        improved = better(report["validation_score"], best, settings["task"]["mode"])
+        best = report["validation_score"] if improved else best
         at_milestone = training.epoch == milestone
-        if at_milestone or time.perf_counter() - saved_at >= settings.get("checkpoint_seconds", CHECKPOINT_SECONDS):
-            resent = {**report, "busy": dict(clock.seconds)}
-            ctx.save({**NOTHING, "run": training.state_dict(), "warm_start": record, "report": resent})
-            saved_at = time.perf_counter()
-        if at_milestone and settings.get("model_dir"):
-            save_model(Path(settings["model_dir"]) / f"{ctx.trial_id}.pt", moved(x, record), training, report)
-        clock.charge("checkpoint")
+        with clock.charging("checkpoint"):
+            if wanted(settings, improved, at_milestone):
+                keep = OVERRUN if settings.get("save_model") == "best" else 1
+                save_model(Path(settings["model_dir"]), ctx.trial_id, moved(x, record), training, report, keep)
+            if at_milestone or time.perf_counter() - saved_at >= settings.get("checkpoint_seconds", CHECKPOINT_SECONDS):
+                resent = {**report, "busy": dict(clock.seconds)}
+                run = training.state_dict()
+                ctx.save({**NOTHING, "run": run, "warm_start": record, "report": resent, "best": best})
+                saved_at = time.perf_counter()
         ctx.report(**report, busy=clock.take())
+        unreported.clear()
 
 
 def one_epoch(ctx: TrialContext, training: Run, clock: "Clock") -> dict[str, Any] | None:
     """Train, validate, test; the epoch's report without its times, None if the trial was told to stop meanwhile."""
-    trained = training.train_epoch(ctx.should_stop)
-    clock.charge("train")
+    with clock.charging("train"):
+        trained = training.train_epoch(ctx.should_stop)
     if trained is None:
         return None
-    validation = training.evaluate("validation")
-    clock.charge("validate")
+    with clock.charging("validate"):
+        validation = training.evaluate("validation")
     if not math.isfinite(validation["loss"]):
         raise TrialFailed(f"validation loss is {validation['loss']} in epoch {training.epoch}")
-    test = training.evaluate("test")
-    clock.charge("test")
+    with clock.charging("test"):
+        test = training.evaluate("test")
     return {
         "epoch": training.epoch,
         "train_loss": trained["train_loss"],
@@ -128,35 +147,54 @@ def one_epoch(ctx: TrialContext, training: Run, clock: "Clock") -> dict[str, Any
 def warm_start(
     x: Mapping[str, Any], task: Task, training: Run, ctx: TrialContext, clock: "Clock", memory: "PeakMemory"
 ) -> dict[str, Any]:
-    """The record of a warm start of ``x`` at the initial weights of ``training``; ``x_prime`` is what to train with.
+    """The record of a warm start of ``x`` at the initial weights of ``training``; ``x_prime`` is what to train with."""
+    memory.reset()
+    with clock.charging("warm_start"):
+        result = one_warm_start(x, task, training, ctx.settings, ctx.seed)
+        peak = memory.peak()
+    flops = warm_start_flops(x, task, training, ctx.settings, ctx.seed, result.estimator)
+    clock.skip()
+    return dataclasses.replace(result, flops=flops, peak_memory=peak).record()
 
-    FLOPs are counted off the clock (the count belongs to the study, not to the method), once in a process for each
-    variant, on a few examples: those of convolutions and matrix products are proportional to the batch size.
-    """
+
+def one_warm_start(
+    x: Mapping[str, Any], task: Task, training: Run, settings: Mapping[str, Any], seed: int, **changed: Any
+) -> "WarmStart":
+    """One warm start with the settings of the variant, some of them ``changed``."""
     from harness.ohgw import Settings, warm_start  # 0.8 s that a vanilla trial need not wait for
 
-    options = Settings(**ctx.settings["ohgw"])
+    options = Settings(**{**settings["ohgw"], **changed})
+    problem = training.problem(options)
+    if problem is None:
+        raise TrialFailed("this task has no hyper-gradient: it can only be run with ohgw=off")
+    return warm_start(x, task.space, problem, options, rng(seed, "warm_start", "direction"))
 
-    def once(options: Settings) -> Any:
-        problem = training.problem(options)
-        if problem is None:
-            raise TrialFailed("this task has no hyper-gradient: it can only be run with ohgw=off")
-        return warm_start(x, task.space, problem, options, rng(ctx.seed, "warm_start", "direction"))
 
-    clock.charge("startup")
-    memory.reset()
-    result = once(options)
-    peak = memory.peak()
-    clock.charge("warm_start")
-    key = (json.dumps([ctx.settings["task"], ctx.settings["ohgw"]], sort_keys=True), result.estimator)
+def warm_start_flops(
+    x: Mapping[str, Any], task: Task, training: Run, settings: Mapping[str, Any], seed: int, estimator: str
+) -> int:
+    """FLOPs of a warm start that came to use ``estimator``. Counted once in a process, in ``prepare`` where the backend
+    calls it and otherwise off the clock (the count belongs to the study, not to the method), on a few examples: those
+    of convolutions and matrix products are proportional to the batch size."""
+    key = (json.dumps([settings["task"], settings["ohgw"]], sort_keys=True), estimator)
     if key not in _flops_per_example:
         from harness.ohgw import count_flops
 
-        sample = dataclasses.replace(options, batch_size=SAMPLE)
-        _flops_per_example[key] = count_flops(lambda: once(sample)) / SAMPLE
-    flops = round(_flops_per_example[key] * options.batch_size)
-    clock.skip()
-    return dataclasses.replace(result, flops=flops, peak_memory=peak).record()
+        counted = count_flops(lambda: one_warm_start(x, task, training, settings, seed, batch_size=SAMPLE))
+        _flops_per_example[key] = counted / SAMPLE
+    return round(_flops_per_example[key] * settings["ohgw"]["batch_size"])
+
+
+def better(score: float, best: float | None, mode: str) -> bool:
+    """Whether ``score`` is the first or beats ``best``."""
+    return best is None or (score > best if mode == "max" else score < best)
+
+
+def wanted(settings: Mapping[str, Any], improved: bool, at_milestone: bool) -> bool:
+    """Whether to save the model now: ``best`` at every improvement of the trial, ``all`` at its milestones."""
+    if not settings.get("model_dir"):
+        return False
+    return improved if settings.get("save_model") == "best" else at_milestone
 
 
 def moved(x: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -165,13 +203,19 @@ def moved(x: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, A
     return dict(record["x_prime"]) if record is not None and record["x"] == dict(x) else dict(x)
 
 
-def save_model(path: Path, config: Mapping[str, Any], training: Run, report: Mapping[str, Any]) -> None:
-    """Write weights, configuration and scores atomically; read them with ``torch.load(path, weights_only=True)``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_model(
+    folder: Path, trial_id: int, config: Mapping[str, Any], training: Run, report: Mapping[str, Any], keep: int
+) -> None:
+    """Write ``<trial>-<epoch>.pt`` (weights, configuration, scores) atomically and delete all but the trial's ``keep``
+    newest. Read it with ``torch.load(path, weights_only=True)``."""
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {key: report[key] for key in ("epoch", "validation_score", "test_score")}
+    path = folder / f"{trial_id}-{report['epoch']}.pt"
     temporary = path.with_suffix(".tmp")
     torch.save({"config": dict(config), **scores, "run": training.state_dict()}, temporary)
     os.replace(temporary, path)
+    for old in sorted(folder.glob(f"{trial_id}-*.pt"), key=lambda file: int(file.stem.partition("-")[2]))[:-keep]:
+        old.unlink()
 
 
 class Clock:
@@ -182,11 +226,15 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.take()
 
-    def charge(self, kind: str) -> None:
-        """Charge the time since the last call to ``kind``."""
-        last = self._last
-        self.skip()
-        self.seconds[kind] += self._last - last
+    @contextlib.contextmanager
+    def charging(self, kind: str) -> Iterator[None]:
+        """Charge the block, and what has passed since the last one, to ``kind``, however the block ends."""
+        try:
+            yield
+        finally:
+            last = self._last
+            self.skip()
+            self.seconds[kind] += self._last - last
 
     def skip(self) -> None:
         """Charge the time since the last call to nothing."""

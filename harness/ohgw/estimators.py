@@ -421,7 +421,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
                 module.training = False
         for module, _ in rates:
             module.dropout = 0.0
-        with forked, torch.autocast(device.type, enabled=False), torch.enable_grad():
+        # fp32, and on a GPU not TF32 either; the same algorithms every time
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with forked, exact, torch.autocast(device.type, enabled=False), torch.enable_grad():
             yield
     finally:
         for module, flag in flags:

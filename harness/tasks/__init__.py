@@ -42,6 +42,9 @@ class Task(Protocol):
     space: Space
     max_epochs: int
 
+    def largest_warm_start(self, probe: str) -> int:
+        """The most examples a warm start's batches can have, with the second one from "train" or "val"."""
+
     def start(self, config: Mapping[str, Any], seed: int) -> Run:
         """A run at its initial weights, which depend on ``seed`` alone."""
 

@@ -140,9 +140,9 @@ class ImageTask:
         self.schedule = schedule
         self.space = Space.from_spec(spaces[space])
         self.autocast = autocast_dtype(precision, self.device, self.mixed)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.deterministic = True  # a resumed trial must equal an uninterrupted one bit for bit
         parts = self.read(find_data(data_dir, data_files, fetch))
+        if batch_size > len(parts["train"]):
+            raise UserError(f"task.batch_size={batch_size} is more than the {len(parts['train'])} training examples")
         train = parts["train"]
         noisy = Part(train.images, with_label_noise(train.labels, label_noise, self.classes, type(self).__name__))
         self.parts = {"train": noisy, "validation": parts["validation"], "test": parts["test"]}
@@ -154,6 +154,11 @@ class ImageTask:
     def read(self, data_dir: Path | None) -> dict[str, Part]:
         """Parts ``train``, ``validation`` and ``test``, on the CPU."""
         raise NotImplementedError
+
+    def largest_warm_start(self, probe: str) -> int:
+        """Two disjoint batches from the training part, or one from each part."""
+        train, validation = len(self.parts["train"]), len(self.parts["validation"])
+        return train // 2 if probe == "train" else min(train, validation)
 
     def start(self, config: Mapping[str, Any], seed: int) -> "ImageRun":
         """A run at its initial weights, which depend on ``seed`` alone (drawn on the CPU, the same on every device)."""
@@ -243,6 +248,7 @@ class ImageRun:
     """One configuration in training: SGD on random batches, the last incomplete one of an epoch left out."""
 
     def __init__(self, task: ImageTask, config: Mapping[str, Any], seed: int):
+        torch.backends.cudnn.deterministic = True  # a resumed trial must equal an uninterrupted one bit for bit
         self.task, self.seed, self.epoch = task, seed, 0
         self.net = task.network(seed)
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.autocast == torch.float16)
@@ -306,7 +312,9 @@ class ImageRun:
 
         task, config = self.task, self.config
         dtype = next(self.net.parameters()).dtype
-        n = min(settings.batch_size, len(task.parts["train"]) // 2)
+        n = settings.batch_size
+        if n > task.largest_warm_start(settings.probe):
+            raise UserError(f"a warm start on {n} examples needs more than this task has")
 
         def train_loss(net: Callable[..., Tensor], batch: Batch, z: Mapping[str, Tensor]) -> Tensor:
             assert batch.draws is not None

@@ -121,9 +121,35 @@ def test_models_are_kept_as_asked(tmp_path, harness):
         (cell,) = (p for p in (tmp_path / "results" / keep).iterdir() if p.name[0] != ".")
         models = sorted((cell / "models").glob("*.pt"))
         summary = json.loads((cell / "summary.json").read_text())
-        assert str(summary["incumbent"]["trial"]) in [m.stem for m in models]
+        assert str(summary["incumbent"]["trial"]) in [m.stem.partition("-")[0] for m in models]
         assert len(models) == 1 if keep == "best" else len(models) > 1
         assert torch.load(models[0], weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("task.batch_size=2000", "more than the 898 training examples"), ("ohgw.batch_size=1000", "more than the 449")],
+)
+@pytest.mark.parametrize("backend", ["pool", pytest.param("local", marks=pytest.mark.slow)])
+def test_more_examples_than_there_are(word, message, backend, tmp_path, harness):
+    done = harness(*TINY, word, f"backend={backend}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "results").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("scheduler", [["scheduler=asha", "scheduler.type=stopping"], ["scheduler=random"]])
+def test_the_incumbents_model_is_kept_at_its_best_epoch(scheduler, tmp_path, harness):
+    import torch
+
+    done = harness(*SMALL[1:], *scheduler, "n_workers=1", "budget.epochs=20", "ohgw=off", "save_model=best")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cell = cell_folders(tmp_path)["off"]
+    best = json.loads((cell / "summary.json").read_text())["incumbent"]
+    (model,) = (cell / "models").glob("*.pt")
+    assert model.stem == f"{best['trial']}-{best['epoch']}"
+    assert torch.load(model, weights_only=True)["epoch"] == best["epoch"]
 
 
 def with_task(words: list[str], target: str, tmp_path: Path) -> Plan:
@@ -143,9 +169,11 @@ def test_trials_that_fail_fail_alone(tmp_path, capsys):
         assert any(word in reason for reason in reasons), reasons
     assert len(events(cell, "report")) == 60
     assert json.loads((cell / "summary.json").read_text())["failures"] == len(reasons)
-    assert all(event["busy"]["warm_start"] > 0 for event in events(cell, "error")), (
-        "what failed trials spent is charged"
-    )
+    failed = [event for event in events(cell, "error") if "warm_start" in event]
+    assert failed, "a warm start is recorded although its trial failed before its first report"
+    assert all(event["busy"]["train"] > 0 for event in failed)
+    rows = {line["trial"]: line for line in read_lines(cell / "trials.jsonl")}
+    assert all(rows[event["trial"]]["x_prime"] == event["warm_start"]["x_prime"] for event in failed)
     assert "bad luck" in (cell / "stderr.log").read_text()
 
 

@@ -30,6 +30,7 @@ from harness.record import (
 from tests.harness.fake_results import FakeCell
 
 OPEN = {"e": "open", "t": 0.0, "run": 1}
+START = {"e": "start", "t": 0.1, "trial": 0, "config": {"lr": 0.1}}
 
 
 def report(trial, epoch, t, validation, test, **more):
@@ -67,21 +68,21 @@ def test_a_missing_record_has_no_events(tmp_path):
 def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_only(tmp_path):
     path = tmp_path / "events.jsonl"
     last = report(0, 1, 1.0, 0.5, 0.5)
-    write(path, OPEN, last)
+    write(path, OPEN, START, last)
     whole = path.read_bytes()
-    first = whole.index(b"\n") + 1
+    first = whole.rindex(b"\n", 0, -1) + 1
     for end in range(first, len(whole) + 1):
         path.write_bytes(whole[:end])
         events, problems = read_events(path)
         complete = end >= len(whole) - 1  # an object is complete before its newline
-        assert events == ([OPEN, last] if complete else [OPEN])
+        assert events == ([OPEN, START, last] if complete else [OPEN, START])
         torn = first < end < len(whole) - 1
-        assert [(p.line, p.fatal) for p in problems] == ([(2, False)] if torn else [])
+        assert [(p.line, p.fatal) for p in problems] == ([(3, False)] if torn else [])
 
         write(path, {**OPEN, "run": 2}, report(0, 2, 2.0, 0.6, 0.6))  # the same command again
         assert path.read_bytes().startswith(whole[:end])  # nothing is rewritten in place
         events, problems = read_events(path)
-        assert [e["e"] for e in events] == ["open", *(["report"] if complete else []), "open", "report"]
+        assert [e["e"] for e in events] == ["open", "start", *(["report"] if complete else []), "open", "report"]
         assert not any(problem.fatal for problem in problems)
         assert len(problems) == torn
 
@@ -115,13 +116,13 @@ def test_a_kill_while_reopening_after_a_kill_is_still_only_torn(tmp_path):
 def test_a_damaged_line_in_the_middle_is_fatal_and_named(tmp_path, line, what):
     path = tmp_path / "events.jsonl"
     after = report(0, 1, 2.0, 0.5, 0.5)
-    path.write_bytes("\n".join([json.dumps(OPEN), line, json.dumps(after), ""]).encode("latin-1"))
+    path.write_bytes("\n".join([json.dumps(OPEN), json.dumps(START), line, json.dumps(after), ""]).encode("latin-1"))
     events, (problem,) = read_events(path)
-    assert events == [OPEN, after]
+    assert events == [OPEN, START, after]
     assert problem.fatal
-    assert problem.line == 2
+    assert problem.line == 3
     assert what in str(problem)
-    assert f"{path} line 2" in str(problem)
+    assert f"{path} line 3" in str(problem)
 
 
 def test_two_damaged_lines_before_a_reopening_are_not_both_torn(tmp_path):
@@ -131,17 +132,26 @@ def test_two_damaged_lines_before_a_reopening_are_not_both_torn(tmp_path):
 
 
 def test_an_epoch_reported_twice_is_fatal(tmp_path):
-    write(tmp_path / "e", OPEN, report(0, 1, 1.0, 0.5, 0.5), report(1, 1, 1.5, 0.5, 0.5), report(0, 1, 2.0, 0.5, 0.5))
+    starts = [START, {**START, "trial": 1}]
+    epochs = [report(0, 1, 1.0, 0.5, 0.5), report(1, 1, 1.5, 0.5, 0.5), report(0, 1, 2.0, 0.5, 0.5)]
+    write(tmp_path / "e", OPEN, *starts, *epochs)
     (problem,) = read_events(tmp_path / "e")[1]
-    assert (problem.fatal, problem.line) == (True, 4)
+    assert (problem.fatal, problem.line) == (True, 6)
     assert "epoch 1 of trial 0" in problem.what
 
 
 def test_a_record_without_its_beginning_is_fatal(tmp_path):
-    write(tmp_path / "e", report(0, 1, 1.0, 0.5, 0.5))
+    write(tmp_path / "e", START, report(0, 1, 1.0, 0.5, 0.5))
     (problem,) = read_events(tmp_path / "e")[1]
     assert problem.fatal
     assert "begin" in problem.what
+
+
+def test_a_report_of_a_trial_that_was_never_started_is_fatal(tmp_path):
+    write(tmp_path / "e", OPEN, START, report(1, 1, 1.0, 0.5, 0.5))
+    (problem,) = read_events(tmp_path / "e")[1]
+    assert problem.fatal
+    assert "trial 1 was never started" in problem.what
 
 
 def test_a_short_write_is_completed(tmp_path, monkeypatch):

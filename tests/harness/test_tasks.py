@@ -410,9 +410,12 @@ def test_the_probe_can_come_from_validation(digits):
     assert {image.numpy().tobytes() for image in second.images} <= validation
 
 
-def test_a_small_training_set_gives_smaller_disjoint_batches(cifar):
-    first, second = cifar.start(CONFIG, 0).problem(Settings(batch_size=1000)).draw(0)
+def test_batches_of_a_warm_start_can_be_half_the_training_set_and_no_more(cifar):
+    run = cifar.start(CONFIG, 0)
+    first, second = run.problem(Settings(batch_size=90)).draw(0)
     assert len(first.labels) == len(second.labels) == 90
+    with pytest.raises(UserError, match="91 examples"):
+        run.problem(Settings(batch_size=91))
 
 
 def test_training_loss_of_the_problem_is_the_trainers(digits):
