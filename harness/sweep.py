@@ -434,9 +434,14 @@ def _missing_off(plan: Plan) -> list[str]:
             missing.add(labels["identity"])
     if not missing:
         return []
-    words = [word for word in plan.argv if not word.startswith(("ohgw=", "ohgw."))] + ["ohgw=off"]
-    command = shlex.join(["python", "-m", "harness", *words])
+    command = off_command(plan.argv)
     return [f"{len(missing)} cells have no ohgw=off cell to be compared with; add them with: {command}"]
+
+
+def off_command(argv: Sequence[str]) -> str:
+    """The command that runs the ``off`` cells belonging to those of a command with the arguments ``argv``."""
+    words = [word for word in argv if not word.startswith(("ohgw=", "ohgw.", "-"))]  # "-": options
+    return shlex.join(["python", "-m", "harness", *words, "ohgw=off"])
 
 
 def as_json(plan: Plan, states: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import pandas as pd
 from harness.record import BUSY_KINDS
 from harness.report.load import Results
 from harness.report.stats import kaplan_meier, median_of, paired_effect, signed_differences, wilcoxon_signed_rank
+from harness.schema import OUTSIDE_IDENTITY
 from harness.seeds import rng
+from harness.sweep import off_command
 
 UNITS = ("wallclock", "gpu_hours")  # of the time to target: seconds since the cell's start; busy hours without test
 ENOUGH_PAIRS = 30  # fewer is marked preliminary
@@ -35,10 +37,12 @@ class TimeToTarget:
 class Against:
     """One variant against off in one unit, over pairs of finished cells of the same seed.
 
-    low, high: bounds of the median reduction (equal when identified); ci_low, ci_high: 95 % bootstrap; p: Wilcoxon.
+    budget: the common end B of the pairs' time axis; low, high: bounds of the median reduction (equal when identified);
+    ci_low, ci_high: 95 % bootstrap; p: Wilcoxon.
     """
 
     pairs: int
+    budget: float
     low: float
     high: float
     ci_low: float
@@ -70,53 +74,71 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants of one (task, scheduler) under one setting. budget: the common end B of the time axis by unit."""
+    """All variants of one (task, scheduler) under one setting.
+
+    setting: what tells it from other comparisons of the same task and scheduler; mostly empty. add_off: the commands
+    that add the missing off cells; no_command: cells that lack off and whose command is not known, seeds by variant.
+    Both empty if there are off cells.
+    """
 
     task: str
     scheduler: str
-    setting: dict[str, Any]  # what tells it from other comparisons of the same task and scheduler; mostly empty
+    setting: dict[str, Any]
     metric: str
     tau: float
-    budget: dict[str, float]
     variants: list[Variant]
-    add_off: str | None  # the command that adds the missing off cells, None if there are some
+    add_off: list[str]
+    no_command: dict[str, list[int]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def summary_tables(results: Results, tau: float | None = None) -> list[Comparison]:
-    """Compare the variants of every (task, scheduler, setting); ``tau`` replaces the recorded targets."""
+Tau = float | Mapping[str, float | None] | None  # one target for all, or by setting; None: the recorded ones
+
+
+def summary_tables(results: Results, tau: Tau = None) -> list[Comparison]:
+    """Compare the variants of every setting; ``tau`` replaces the recorded targets (of the settings it has)."""
     if results.cells.empty:
         return []
-    groups: Any = results.cells.groupby(["task", "scheduler", "setting"], sort=True)
-    told_apart = _differences([key for key, _ in groups])
-    return [_compare(results, cells, told_apart[key], tau) for key, cells in groups]
+    groups = [cells for _, cells in results.cells.groupby("setting")]
+    groups.sort(key=lambda cells: tuple(cells.iloc[0][["task", "scheduler", "setting"]]))
+    told_apart = _differences(results, [cells.iloc[0] for cells in groups])
+    return [_compare(results, cells, differs, tau) for cells, differs in zip(groups, told_apart, strict=True)]
 
 
-def _compare(results: Results, cells: pd.DataFrame, differs: dict[str, Any], tau: float | None) -> Comparison:
+def _compare(results: Results, cells: pd.DataFrame, differs: dict[str, Any], tau: Tau) -> Comparison:
     first = cells.iloc[0]
-    target = tau if tau is not None else _target(cells, results.warnings)
+    target = _target(cells, tau, results.warnings)
     reports = results.reports[results.reports["cell"].isin(cells["cell"])]
-    budget = {unit: _budget(cells, unit) for unit in UNITS}
-    cells = cells.assign(**_times(cells, reports, target, str(first["mode"]), budget))
+    cells = cells.assign(**_times(cells, reports, target, str(first["mode"])))
     off = cells[cells["variant"] == OFF]
     names = sorted(cells["variant"].unique(), key=lambda name: (name != OFF, name))
-    config = results.configs[first["cell"]]
+    add_off, no_command = _add_off(results, cells) if off.empty else ([], {})
     return Comparison(
         task=str(first["task"]),
         scheduler=str(first["scheduler"]),
         setting=differs,
-        metric=str(config["task"].get("metric", "score")),
+        metric=str(results.configs[first["cell"]]["task"].get("metric", "score")),
         tau=target,
-        budget=budget,
-        variants=[_variant(name, cells[cells["variant"] == name], off, budget) for name in names],
-        add_off=_add_off(config, sorted(cells["seed"].unique())) if off.empty else None,
+        variants=[_variant(name, cells[cells["variant"] == name], off) for name in names],
+        add_off=add_off,
+        no_command=no_command,
     )
 
 
-def _target(cells: pd.DataFrame, warnings: list[str]) -> float:
-    """The group's tau; cells of different tau (it is no part of a cell's identity) all get the newest one's."""
+def _target(cells: pd.DataFrame, tau: Tau, warnings: list[str]) -> float:
+    """The group's tau: as asked for, else as recorded.
+
+    Cells recorded with different tau (it is no part of a cell's identity) all get the newest one's.
+    """
+    setting = cells.iloc[0]["setting"]
+    if isinstance(tau, Mapping):
+        if setting in tau:
+            asked = tau[setting]
+            return math.nan if asked is None else float(asked)
+    elif tau is not None:
+        return tau
     taus = cells.sort_values("opened")["tau"].dropna().astype(float)
     if taus.nunique() > 1:
         warnings.append(
@@ -126,30 +148,27 @@ def _target(cells: pd.DataFrame, warnings: list[str]) -> float:
     return float(taus.iloc[-1]) if len(taus) else math.nan
 
 
-def _budget(cells: pd.DataFrame, unit: str) -> float:
-    """B: the longest cell, or the configured budget where that is shorter."""
-    configured = cells[f"budget_{unit}"].dropna().astype(float)
-    longest = float(cells[unit].max())
-    return min(longest, float(configured.iloc[0])) if len(configured) else longest
+def _times(cells: pd.DataFrame, reports: pd.DataFrame, tau: float, mode: str) -> dict[str, Any]:
+    """Columns of the cells by unit: until when each was followed, and its T@tau, test and validation.
 
-
-def _times(
-    cells: pd.DataFrame, reports: pd.DataFrame, tau: float, mode: str, budget: Mapping[str, float]
-) -> dict[str, Any]:
-    """T@tau of each cell by unit, test and validation: a number, inf (budget used up) or NaN (not there yet)."""
-    times: dict[str, Any] = {}
-    for kind, score in (("", "incumbent_test_score"), ("validation_", "best_validation_score")):
-        there = reports[score] >= tau if mode == "max" else reports[score] <= tau
-        firsts = reports[there].drop_duplicates("cell").set_index("cell")
-        for unit, column in (("wallclock", "t"), ("gpu_hours", "gpu_hours")):
-            reached = firsts[column].reindex(cells["cell"]).to_numpy(dtype=float)
-            late = np.isnan(reached) | (reached > budget[unit])
+    end_: the cell's own end or, if shorter, the configured budget; time_: a number, inf (finished without reaching tau
+    by then) or NaN (not there yet).
+    """
+    columns: dict[str, Any] = {}
+    for unit, time in (("wallclock", "t"), ("gpu_hours", "gpu_hours")):
+        budget = cells[f"budget_{unit}"].astype(float).fillna(math.inf).to_numpy()
+        columns[f"end_{unit}"] = np.minimum(cells[unit].to_numpy(dtype=float), budget)
+        for kind, score in (("", "incumbent_test_score"), ("validation_", "best_validation_score")):
+            there = reports[score] >= tau if mode == "max" else reports[score] <= tau
+            firsts = reports[there].drop_duplicates("cell").set_index("cell")[time]
+            reached = firsts.reindex(cells["cell"]).to_numpy(dtype=float)
+            late = np.isnan(reached) | (reached > budget)
             missing = np.where(cells["status"] == "finished", math.inf, math.nan)
-            times[f"time_{kind}{unit}"] = np.where(late, missing, reached)
-    return times
+            columns[f"time_{kind}{unit}"] = np.where(late, missing, reached)
+    return columns
 
 
-def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame, budget: Mapping[str, float]) -> Variant:
+def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame) -> Variant:
     paired, missing = _pair(cells, off)
     compared = name != OFF and not off.empty
     charged = sum(cells[f"busy_{kind}"].sum() for kind in BUSY_KINDS if kind != "test")
@@ -159,9 +178,9 @@ def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame, budget: Mapping[
         variant=name,
         n=len(cells),
         unfinished=int((cells["status"] != "finished").sum()),
-        time={unit: _time_to_target(cells, f"time_{unit}", unit, budget[unit]) for unit in UNITS},
-        validation_time={unit: _time_to_target(cells, f"time_validation_{unit}", unit, budget[unit]) for unit in UNITS},
-        effect={unit: _against(paired, unit, budget[unit], name) for unit in UNITS} if compared else {},
+        time={unit: _time_to_target(cells, unit) for unit in UNITS},
+        validation_time={unit: _time_to_target(cells, unit, "validation_") for unit in UNITS},
+        effect={unit: _against(paired, unit, name) for unit in UNITS} if compared else {},
         best_validation_score=median_of(cells["best_validation_score"].to_numpy(dtype=float)),
         incumbent_test_score=median_of(cells["incumbent_test_score"].to_numpy(dtype=float)),
         busy_hours={kind: float(cells[f"busy_{kind}"].mean()) / 3600 for kind in BUSY_KINDS},
@@ -192,37 +211,48 @@ def _pair(cells: pd.DataFrame, off: pd.DataFrame) -> tuple[pd.DataFrame, dict[st
     return both[finished].sort_index(), missing
 
 
-def _time_to_target(cells: pd.DataFrame, column: str, unit: str, budget: float) -> TimeToTarget:
-    times = cells[column].to_numpy(dtype=float)
-    pending = np.isnan(times)
+def _time_to_target(cells: pd.DataFrame, unit: str, kind: str = "") -> TimeToTarget:
+    times = cells[f"time_{kind}{unit}"].to_numpy(dtype=float)
     observed = np.isfinite(times)
-    so_far = np.minimum(cells[unit].to_numpy(dtype=float), budget)  # unfinished: followed until now
-    km = kaplan_meier(np.where(observed, times, np.where(pending, so_far, budget)), observed)
+    km = kaplan_meier(np.where(observed, times, cells[f"end_{unit}"]), observed)
     return TimeToTarget(km.quantile(0.5), km.quantile(0.25), km.quantile(0.75), int(observed.sum()),
-                        int(np.isinf(times).sum()), int(pending.sum()))  # fmt: skip
+                        int(np.isinf(times).sum()), int(np.isnan(times).sum()))  # fmt: skip
 
 
-def _against(paired: pd.DataFrame, unit: str, budget: float, name: str) -> Against:
+def _against(paired: pd.DataFrame, unit: str, name: str) -> Against:
     variant, off = (paired[f"time_{unit}_{side}"].to_numpy(dtype=float) for side in ("on", "off"))
+    ends = paired[[f"end_{unit}_on", f"end_{unit}_off"]].to_numpy(dtype=float)
+    budget = float(ends.max()) if len(ends) else math.nan  # of these pairs, whatever else is in the folder
     effect = paired_effect(variant, off, budget, rng(0, "bootstrap", unit, name))
     p = wilcoxon_signed_rank(signed_differences(variant, off, budget))
-    return Against(effect.n, effect.low, effect.high, *effect.ci, p, preliminary=effect.n < ENOUGH_PAIRS)
+    return Against(effect.n, budget, effect.low, effect.high, *effect.ci, p, preliminary=effect.n < ENOUGH_PAIRS)
 
 
 def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else math.nan
 
 
-def _differences(keys: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """For each (task, scheduler, setting): the entries in which it differs from others of its task and scheduler."""
-    flat = {key: _leaves(json.loads(key[2])) for key in keys}
-    differs = {}
-    for key in keys:
-        twins = [flat[other] for other in keys if other[:2] == key[:2]]
+def _differences(results: Results, firsts: Sequence[pd.Series]) -> list[dict[str, Any]]:
+    """For one cell of each setting: the entries in which it differs from others of its task and scheduler."""
+    flat = [_setting_entries(results.configs[first["cell"]]) for first in firsts]
+    differs = []
+    for first, entries in zip(firsts, flat, strict=True):
+        same = [(other["task"], other["scheduler"]) == (first["task"], first["scheduler"]) for other in firsts]
+        twins = [twin for twin, belongs in zip(flat, same, strict=True) if belongs]
         names = sorted({name for twin in twins for name in twin})
         several = [name for name in names if len({json.dumps(twin.get(name)) for twin in twins}) > 1]
-        differs[key] = {name: flat[key].get(name) for name in several}
+        seen = [json.dumps([twin.get(name) for name in several]) for twin in twins]
+        if len(set(seen)) < len(seen):  # for example the order of a space's names
+            differs.append({name: entries.get(name) for name in several} | {"setting": first["setting"]})
+        else:
+            differs.append({name: entries.get(name) for name in several})
     return differs
+
+
+def _setting_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a setting is made of, for headings."""
+    parts = {key: config.get(key) for key in ("task", "scheduler", "budget", "n_workers", "backend")}
+    return {name: value for name, value in _leaves(parts).items() if name not in OUTSIDE_IDENTITY}
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -233,36 +263,12 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _add_off(config: Mapping[str, Any], seeds: Sequence[int]) -> str:
-    """The command that runs the off cells belonging to cells of ``config`` and ``seeds``."""
-    labels = config["labels"]
-    words = [*_choice("scheduler", str(labels["scheduler"])), *_choice("task", str(labels["task"])), "ohgw=off"]
-    words.append(f"seed={ranges(seeds)}")
-    words += [f"budget.{key}={value}" for key, value in config["budget"].items() if isinstance(value, (int, float))]
-    words += [f"{key}={config[key]}" for key in ("n_workers", "name", "results_dir") if config.get(key) is not None]
-    return "python -m harness " + " ".join(_quoted(word) for word in words)
-
-
-def _choice(group: str, label: str) -> list[str]:
-    """``asha(eta=4)`` -> ``scheduler=asha scheduler.eta=4``."""
-    preset, _, changed = label.partition("(")
-    return [f"{group}={preset}", *(f"{group}.{part}" for part in _split(changed.removesuffix(")")))]
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "[{(") - (char in ")}]")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if any(char in word for char in " []{}()&;$*?~") else word
+def _add_off(results: Results, cells: pd.DataFrame) -> tuple[list[str], dict[str, list[int]]]:
+    """The commands that run the off cells of ``cells``, and the cells (seeds by variant) whose command is not known."""
+    known = cells["cell"].isin(list(results.commands))
+    commands = sorted({off_command(results.commands[cell]) for cell in cells[known]["cell"]})
+    unknown = cells[~known].groupby("variant")["seed"]
+    return commands, {str(variant): sorted(int(seed) for seed in seeds) for variant, seeds in unknown}
 
 
 def ranges(seeds: Sequence[int]) -> str:

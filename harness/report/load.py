@@ -12,10 +12,7 @@ import pandas as pd
 from harness.record import CellPaths, RecordError, read_config, read_events, read_summary, report_columns, summarize
 
 _SET_ASIDE = re.compile(r"\.broken-\d+$")
-# What may differ between two cells that are compared: where things lie and what is reported, not what is trained.
-_NOT_IDENTITY = {"task": {"tau", "taus", "data_dir", "data_files", "fetch"}}
 _NO_COLUMNS = {"labels", "seed", "t_tau", "incumbent"}  # of a summary: elsewhere in the row, or not one number
-_IDENTITY = ("task", "scheduler", "budget", "n_workers", "backend")
 
 
 class ResultsError(ValueError):
@@ -26,12 +23,13 @@ class ResultsError(ValueError):
 class Results:
     """Loaded results.
 
-    cells: one row a usable cell; columns cell (folder), task, scheduler, variant, seed, setting (JSON of everything
-        that must be equal for a comparison), status (finished | interrupted | running or killed), tau, mode, opened
+    cells: one row a usable cell; columns cell (folder), task, scheduler, variant, seed, setting (equal for cells that
+        may be compared, see ``sweep.setting``), status (finished | interrupted | running or killed), tau, mode, opened
         (unix seconds), budget_wallclock (seconds), budget_gpu_hours, and the numbers of ``record.summarize``, nested
         keys joined by "_" (busy_train, flops_warm_start, peak_memory_train, ...).
     reports: one row a report; columns cell and those of ``record.report_columns``.
     configs: the resolved configuration of each usable cell.
+    commands: the arguments of ``python -m harness`` that began it, where they are recorded.
     corrupt: cells that are left out, each with the reason; warnings: what was skipped, set aside or is ambiguous.
     """
 
@@ -39,6 +37,7 @@ class Results:
     cells: pd.DataFrame
     reports: pd.DataFrame
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(default_factory=dict)
     corrupt: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -61,6 +60,8 @@ def load_results(path: str | Path) -> Results:
         rows.append(row)
         frames.append(pd.DataFrame({"cell": folder.name, **columns}))
         results.configs[folder.name] = config
+        if (arguments := _arguments(CellPaths.of(folder))) is not None:
+            results.commands[folder.name] = arguments
     if rows:
         results.cells = pd.DataFrame(rows)
         results.reports = pd.concat(frames, ignore_index=True).astype({"cell": "category"})
@@ -108,9 +109,8 @@ def _load_cell(paths: CellPaths, warnings: list[str]) -> tuple[dict[str, Any], d
         computed = summarize(config, events, columns)
         row = {
             "cell": paths.folder,
-            **{key: labels[key] for key in ("task", "scheduler", "variant")},
+            **{key: str(labels[key]) for key in ("task", "scheduler", "variant", "setting")},
             "seed": int(config["seed"]),
-            "setting": setting(config),
             "status": _status(computed, finished=summary is not None),
             "tau": task.get("tau"),
             "mode": task.get("mode", "max"),
@@ -145,14 +145,14 @@ def _status(computed: Mapping[str, Any], finished: bool) -> str:
     return "running or killed" if computed["stop_reason"] == "running or killed" else "interrupted"
 
 
-def setting(config: Mapping[str, Any]) -> str:
-    """JSON of everything two cells must share to be compared (all but variant, seed and tau), in a fixed order."""
-    parts = {}
-    for key in _IDENTITY:
-        part = config.get(key)
-        left_out = _NOT_IDENTITY.get(key, set())
-        parts[key] = {k: v for k, v in part.items() if k not in left_out} if isinstance(part, Mapping) else part
-    return json.dumps(parts, sort_keys=True)
+def _arguments(paths: CellPaths) -> list[str] | None:
+    """What was typed after ``python -m harness`` when the cell was begun; None where meta.json does not say so."""
+    try:
+        program, *arguments = json.loads(paths.meta.read_bytes())["command"]
+        ours = Path(program).parts[-2:] == ("harness", "__main__.py")  # else a script called the harness
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return arguments if ours and all(isinstance(word, str) for word in arguments) else None
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _pairs(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _drop_copies(results: Results) -> None:
     """Of cells with the same setting, variant and seed (copied folders) keep the first finished one, and say so."""
-    keys = ["task", "scheduler", "setting", "variant", "seed"]
+    keys = ["setting", "variant", "seed"]
     cells = results.cells.assign(unfinished=results.cells["status"] != "finished").sort_values(["unfinished", "cell"])
     copies = cells[cells.duplicated(keys)]
     for _, copy in copies.iterrows():

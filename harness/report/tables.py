@@ -15,6 +15,7 @@ from harness.report.compare import (
     UNITS,
     Against,
     Comparison,
+    Tau,
     TimeToTarget,
     Variant,
     ranges,
@@ -27,13 +28,16 @@ _KINDS = {"startup": "start-up", "warm_start": "warm start"}
 
 RULES = (
     "T@tau: first report at which the incumbent (best on validation so far) has test score tau; median [quartiles] by "
-    "Kaplan-Meier. Finished without reaching tau (censored): later than the budget B, which is the longest cell or, if "
-    "shorter, the configured budget.",
+    "Kaplan-Meier, where a cell without it is censored at its own end or, if shorter, at the budget configured in that "
+    "unit (an unfinished cell: where it stands now).",
     "effect: median over pairs (finished cells of one seed) of 1 - T/T_off, positive = sooner than off; 95 % bootstrap "
     "interval over pairs. Neither reached tau: 0. Only one did: the ratio is bounded by T > B of the other; where that "
     "leaves the median open, its bounds are shown (>, <, to) and the interval covers all of it.",
+    "B: the end of the longest cell of these pairs (no other variant, no unfinished cell) or, if shorter, the budget "
+    "configured in that unit. Under a budget in another unit only (epochs, trials) cells end at different times: one "
+    "that ended before B without reaching tau is still read as T > B.",
     "p: two-sided Wilcoxon signed-rank, exact up to 200 pairs. Neither reached tau: tie (Pratt). Only one did: it "
-    "wins, ranked by B - T.",
+    "wins, ranked by B - T with the same B, also where the other ended before B.",
     "scores: medians over cells (validation best, and the test score of that incumbent). busy hours: mean per cell. "
     "warm / busy: warm starts' share of busy time without test evaluation; warm / FLOPs: of all FLOPs. memory: median "
     "over cells of the peak. fallbacks: share of warm-started trials.",
@@ -57,9 +61,8 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def _time_table(comparison: Comparison, unit: str) -> Table:
     name, symbol = _UNIT[unit]
-    title = f"time to target, {name} (B = {number(comparison.budget[unit], 3)} {symbol})"
     header = ("variant", "n", f"median T [IQR], {symbol}", "censored", "effect vs off", "95 % CI", "p", "pairs")
-    return Table(title, header, [
+    return Table(f"time to target, {name}", header, [
         (v.variant, count(v), *_time(v.time[unit]), *_effect(v.effect.get(unit))) for v in comparison.variants
     ])  # fmt: skip
 
@@ -98,7 +101,14 @@ def notes(comparison: Comparison) -> list[str]:
     """What a reader of the comparison must know besides its tables."""
     lines = []
     if comparison.add_off:
-        lines.append(f"There are no off cells, hence no effect; this command adds them: {comparison.add_off}")
+        this = "this command adds them" if len(comparison.add_off) == 1 else "these commands add them"
+        lines.append(f"There are no off cells, hence no effect; {this}: {'; '.join(comparison.add_off)}")
+    if comparison.no_command:
+        cells = "; ".join(f"{variant} seeds {ranges(seeds)}" for variant, seeds in comparison.no_command.items())
+        lines.append(f"There are no off cells for these cells, and the command that ran them is not recorded: {cells}")
+    ends = [_ends(variant) for variant in comparison.variants if any(e.pairs for e in variant.effect.values())]
+    if ends:
+        lines.append(f"B: {'; '.join(ends)}")
     for variant in comparison.variants:
         lines += _missing(variant)
     few = [f"{v.variant} ({v.effect[UNITS[0]].pairs})" for v in comparison.variants
@@ -108,8 +118,8 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def print_summary(results: Results, console: Console, tau: float | None = None) -> None:
-    """Print the summary of ``results`` (``tau`` replaces the recorded targets). Warnings are the caller's to print."""
+def print_summary(results: Results, console: Console, tau: Tau = None) -> None:
+    """Print the summary of ``results`` (``tau`` as in ``summary_tables``). Warnings are the caller's to print after."""
     comparisons = summary_tables(results, tau)
     _say(console, counted(results))
     for comparison in comparisons:
@@ -126,7 +136,7 @@ def print_summary(results: Results, console: Console, tau: float | None = None) 
             _say(console, line)
 
 
-def summary_json(results: Results, tau: float | None = None) -> dict[str, Any]:
+def summary_json(results: Results, tau: Tau = None) -> dict[str, Any]:
     """The same numbers for machines; NaN and infinities (not known, not reached) are null."""
     comparisons = [comparison.as_dict() for comparison in summary_tables(results, tau)]
     status = results.cells["status"].value_counts().to_dict() if len(results.cells) else {}
@@ -203,6 +213,11 @@ def _bound(low: float, high: float) -> str:
     if math.isinf(low):
         return "not identified" if high >= 1 else f"< {percent(high)}"
     return f"> {percent(low)}" if high >= 1 else f"{percent(low)} to {percent(high)}"
+
+
+def _ends(variant: Variant) -> str:
+    ends = (f"{number(variant.effect[unit].budget, 3)} {symbol}" for unit, (_, symbol) in _UNIT.items())
+    return f"{variant.variant} {', '.join(ends)}"
 
 
 def _missing(variant: Variant) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from harness.record import CellPaths, EventLog, summarize, write_config, write_json
 from harness.seeds import rng
+from harness.sweep import Cell, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +29,26 @@ class FakeCell:
     budget: dict[str, float | None] = dataclasses.field(default_factory=dict)
     close: str | None = "finished"  # None: killed
     n_workers: int = 2
+    command: Sequence[str] | None = None  # sys.argv in meta.json
+    planned: Cell | None = None  # a plan's cell: its config and folder instead of the ones made up here
 
     @property
     def folder(self) -> str:
+        if self.planned:
+            return self.planned.folder
         return f"{self.task}-{self.scheduler}-{self.variant}-{self.seed}-0123abcd"
 
     def config(self, results_dir: Path, name: str) -> dict[str, Any]:
+        if self.planned:
+            return self.planned.config
         budget = {"wallclock": None, "gpu_hours": None, "trials": None, "epochs": 110, **self.budget}
         labels = {"task": self.task, "scheduler": self.scheduler, "variant": self.variant,
                   "preset": self.variant.split("(")[0], "identity": "0123abcd"}  # fmt: skip
-        return {
-            "scheduler": {"_target_": "harness.schedulers.PASHA", "eta": 3},
+        config = {
+            "scheduler": {"_target_": f"harness.schedulers.{self.scheduler}", "eta": 3},
             "ohgw": {"estimator": "off" if self.variant == "off" else "lookahead"},
-            "task": {"tau": self.tau, "taus": [0.6], "mode": "max", "metric": "accuracy"},
+            "task": {"_target_": f"harness.tasks.{self.task}", "tau": self.tau, "taus": [0.6], "mode": "max",
+                     "metric": "accuracy", "space": "one", "spaces": {"one": {"lr": {"lower": 0.1, "upper": 1.0}}}},
             "backend": {"kind": "pool"},
             "budget": budget,
             "seed": self.seed,
@@ -48,7 +56,9 @@ class FakeCell:
             "name": name,
             "results_dir": str(results_dir),
             "labels": labels,
-        }
+        }  # fmt: skip
+        labels["setting"] = setting(config)
+        return config
 
     def events(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = [{"e": "open", "t": 0.0, "run": 1, "time": 1.7e9, "commit": "0" * 40}]
@@ -70,7 +80,7 @@ class FakeCell:
         paths.root.mkdir(parents=True)
         config = self.config(results_dir, name)
         write_config(paths, config)
-        write_json(paths.meta, {"commit": "0" * 40})
+        write_json(paths.meta, {"commit": "0" * 40, **({"command": self.command} if self.command else {})})
         events = self.events()
         with EventLog(paths.events) as log:
             for event in events:

@@ -1,5 +1,6 @@
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.record import CellPaths, EventLog, set_aside
+from harness.record import CellPaths, EventLog, read_config, set_aside, write_config
 from harness.report import ResultsError, load_results, print_summary, summary_json, summary_tables
 from harness.report.__main__ import main
 from harness.report.compare import ranges
 from harness.report.tables import memory, number, p_value, percent
+from harness.runner import run_sweep
+from harness.sweep import make_plan
 from tests.harness.fake_results import FakeCell, write_study
 
 GOOD, NEVER = [(0.5, 0.5), (0.95, 0.95)], [(0.5, 0.5), (0.6, 0.6)]
@@ -45,9 +48,11 @@ def test_numbers_of_a_small_study_by_hand(tmp_path):
     for seed, (off, on) in enumerate([(40, 20), (50, 40), (80, 20), (None, 50), (None, None)]):
         times(seed, "off", off, tmp_path)
         times(seed, "on", on, tmp_path, warm_seconds=1.0)
-    comparison, by_name, _ = only(tmp_path / "default")
+    _, by_name, _ = only(tmp_path / "default")
     off, on = by_name["off"], by_name["on"]
-    assert comparison.budget == pytest.approx({"wallclock": 100, "gpu_hours": 100 / 3600})
+    assert {unit: effect.budget for unit, effect in on.effect.items()} == pytest.approx(
+        {"wallclock": 100, "gpu_hours": 100 / 3600}
+    )
     assert (off.time["wallclock"].median, off.time["wallclock"].censored) == (80, 2)
     assert (on.time["wallclock"].median, on.time["wallclock"].q75) == (40, 50)
     effect = on.effect["wallclock"]  # 0.5, 0.2, 0.75, (0.5 to 1), 0
@@ -100,8 +105,8 @@ def test_a_time_beyond_the_configured_budget_is_censored(tmp_path):
     for seed in range(2):
         times(seed, "off", 90, tmp_path, budget={"wallclock": 80.0})
         times(seed, "on", 80, tmp_path, budget={"wallclock": 80.0})
-    comparison, by_name, _ = only(tmp_path / "default")
-    assert comparison.budget["wallclock"] == 80
+    _, by_name, _ = only(tmp_path / "default")
+    assert by_name["on"].effect["wallclock"].budget == 80
     assert by_name["off"].time["wallclock"].censored == 2
     assert by_name["on"].time["wallclock"].reached == 2
     assert by_name["on"].effect["wallclock"].p == 0.5  # wins both, if only just
@@ -136,18 +141,104 @@ def test_missing_pairs_are_listed_on_both_sides(tmp_path):
     assert by_name["on"].missing == {"only_here": [6, 7, 8], "only_off": [0, 1], "unfinished": []}
 
 
-def test_without_off_cells_the_command_that_adds_them_is_printed(tmp_path):
-    for seed in (0, 1, 2, 7):
-        FakeCell(GOOD, variant="on", seed=seed, warm_seconds=0.1, scheduler="asha(eta=4,type=stopping)").write(
-            tmp_path, "x"
-        )
-    comparison, by_name, results = only(tmp_path / "x")
-    assert comparison.add_off == (
-        "python -m harness scheduler=asha scheduler.eta=4 scheduler.type=stopping task=digits ohgw=off seed=0..2,7 "
-        f"budget.epochs=110 n_workers=2 name=x results_dir={tmp_path}"
-    )
+def test_a_comparison_does_not_depend_on_other_variants_or_unpaired_cells(tmp_path):
+    for seed, (off, on) in enumerate([(40, 20), (50, None), (80, 20), (None, 50), (90, None), (None, 60)]):
+        times(seed, "off", off, tmp_path)
+        times(seed, "on", on, tmp_path, warm_seconds=1.0)
+    before = only(tmp_path / "default")[1]["on"]
+    long = [(0.5, 0.5)] * 500
+    FakeCell(long, seconds=10, variant="random", seed=0, warm_seconds=1.0).write(tmp_path)  # another variant
+    FakeCell(long, seconds=10, variant="on", seed=6, warm_seconds=1.0).write(tmp_path)  # no off cell
+    FakeCell(long, seconds=10, variant="on", seed=7, warm_seconds=1.0, close=None).write(tmp_path)  # unfinished
+    FakeCell(long, seconds=10, variant="off", seed=7).write(tmp_path)
+    _, by_name, results = only(tmp_path / "default")
+    assert by_name["on"].effect == before.effect
+    assert by_name["on"].effect["wallclock"].budget == 100
+    assert by_name["random"].effect["wallclock"].budget == 5000
+    assert "\nB: on 100 s, 0.0278 h; random 5000 s, 1.39 h\n" in printed(results)
+
+
+def test_a_cell_is_censored_at_its_own_end(tmp_path):
+    times(0, "off", 40, tmp_path)
+    times(1, "off", 80, tmp_path)
+    FakeCell([(0.5, 0.5)] * 3, seconds=10, seed=2).write(tmp_path)  # its epochs were over after 30 s
+    off = only(tmp_path / "default")[1]["off"].time["wallclock"]
+    assert (off.q25, off.median, off.q75) == (40, 60, 80)  # S(40) = 1/2: the cell that ended is no longer at risk
+    assert off.censored == 1
+
+
+def test_under_an_epoch_budget_one_sided_censoring_is_read_at_the_pairs_longest_end(tmp_path):
+    for seed in range(3):
+        times(seed, "off", 80, tmp_path)
+        FakeCell([(0.5, 0.5)] * 5, seconds=10, variant="on", seed=seed, warm_seconds=1.0).write(tmp_path)
+    effect = only(tmp_path / "default")[1]["on"].effect["wallclock"]
+    assert effect.budget == 100
+    assert (effect.low, effect.high) == pytest.approx((-math.inf, 1 - 100 / 80))
+    assert effect.p == 0.25
+
+
+def test_no_pairs_no_budget(tmp_path):
+    write_study(tmp_path, ("off",), range(2))
+    write_study(tmp_path, ("on",), range(2, 4))
+    _, by_name, results = only(tmp_path / "default")
+    effect = by_name["on"].effect["wallclock"]
+    assert effect.pairs == 0
+    assert math.isnan(effect.budget)
+    assert json.loads(json.dumps(summary_json(results), allow_nan=False))["comparisons"][0]["variants"][1]["n"] == 2
+
+
+PROGRAM = "/somewhere/harness/__main__.py"
+
+
+def test_without_off_cells_the_commands_that_add_them_are_printed(tmp_path):
+    typed = ["-v", "backend.threads=2", "ohgw=on,random", "budget.epochs=null", "ohgw.eta=.1", "results_dir=a b"]
+    for seed in range(3):
+        FakeCell(GOOD, variant="on", seed=seed, command=[PROGRAM, *typed, "seed=0..2"]).write(tmp_path)
+    FakeCell(GOOD, variant="random", seed=3, command=[PROGRAM, "seed=3", *typed, "--json"]).write(tmp_path)
+    comparison, by_name, results = only(tmp_path / "default")
+    words = "backend.threads=2 budget.epochs=null 'results_dir=a b'"
+    first = f"python -m harness {words} seed=0..2 ohgw=off"
+    second = f"python -m harness seed=3 {words} ohgw=off"
+    assert (comparison.add_off, comparison.no_command) == ([first, second], {})
     assert by_name["on"].effect == {}
-    assert f"this command adds them: {comparison.add_off}" in printed(results)
+    assert f"these commands add them: {first}; {second}" in printed(results)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["backend.threads=2", "budget.epochs=null", "budget.trials=9"],
+        ["experiment=smoke", "budget.wallclock=5"],
+        ["task.spaces.study5.lr.upper=0.5", "scheduler=asha", "scheduler.eta=4", "n_workers=3"],
+    ],
+)
+def test_the_printed_command_adds_exactly_the_missing_off_cells(tmp_path, words):
+    words = [*words, "seed=0,1", f"results_dir={tmp_path}", "name=x"]
+    on = make_plan([*words, "ohgw=on", "ohgw.eta=0.2"])
+    for cell in on.cells:
+        FakeCell(GOOD, planned=cell, command=[PROGRAM, *words, "ohgw=on", "ohgw.eta=0.2"]).write(tmp_path, "x")
+    (command,) = only(tmp_path / "x")[0].add_off
+    off = make_plan(shlex.split(command)[3:])
+    assert [(cell.seed, cell.variant) for cell in off.cells] == [(0, "off"), (1, "off")]
+    for cell in off.cells:
+        FakeCell(GOOD, planned=cell).write(tmp_path, "x")
+    comparison, by_name, _ = only(tmp_path / "x")
+    assert (comparison.add_off, comparison.no_command) == ([], {})
+    assert by_name["on(eta=0.2)"].effect["wallclock"].pairs == 2
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [None, "{", "[]", '{"command": "x"}', '{"command": []}', '{"command": ["my/script.py", "seed=1"]}',
+     '{"command": [1, 2]}', '{"command": ["/x/harness/__main__.py", 2]}'],
+)  # fmt: skip
+def test_without_a_recorded_command_the_cells_without_off_are_named(tmp_path, meta):
+    for seed in (0, 1, 2, 7):
+        paths = FakeCell(GOOD, variant="on", seed=seed, warm_seconds=0.1).write(tmp_path)
+        paths.meta.unlink() if meta is None else paths.meta.write_text(meta)
+    comparison, _, results = only(tmp_path / "default")
+    assert (comparison.add_off, comparison.no_command) == ([], {"on": [0, 1, 2, 7]})
+    assert "the command that ran them is not recorded: on seeds 0..2,7" in printed(results)
 
 
 def test_cells_of_different_settings_are_not_compared(tmp_path):
@@ -156,15 +247,71 @@ def test_cells_of_different_settings_are_not_compared(tmp_path):
     results = load_results(tmp_path / "default")
     two, four = summary_tables(results)
     assert (two.setting, four.setting) == ({"n_workers": 2}, {"n_workers": 4})
-    assert four.add_off is not None
+    assert four.no_command == {"on": [0]}
     assert "digits / pasha, n_workers=4" in printed(results)
 
 
-def test_another_tau_may_be_asked_for_later(tmp_path):
+def test_settings_without_a_nameable_difference_are_told_apart_by_their_digest(tmp_path):
+    for seed, setting in enumerate(("0a", "0b")):  # as if the order of a space's names differed
+        paths = FakeCell(GOOD, seed=seed).write(tmp_path)
+        config = read_config(paths)
+        config["labels"]["setting"] = setting
+        write_config(paths, config)
+    assert [c.setting for c in summary_tables(load_results(tmp_path / "default"))] == [
+        {"setting": "0a"},
+        {"setting": "0b"},
+    ]
+
+
+def test_cells_of_one_setting_are_compared_whatever_their_labels_say(tmp_path):
+    """What a YAML said at the time and what was typed may be the same."""
+    FakeCell(GOOD, seed=0).write(tmp_path)
+    paths = FakeCell(GOOD, seed=0, variant="on", warm_seconds=0.1).write(tmp_path)
+    config = read_config(paths)
+    config["labels"]["task"] = "digits(batch_size=64)"
+    config["task"]["data_dir"] = "elsewhere"
+    write_config(paths, config)
+    comparison, by_name, _ = only(tmp_path / "default")
+    assert comparison.setting == {}
+    assert by_name["on"].effect["wallclock"].pairs == 1
+
+
+def test_another_tau_may_be_asked_for_later(tmp_path, run):
     path = write_study(tmp_path, seeds=range(3))
     (low,), (high,) = (summary_tables(load_results(path), tau) for tau in (0.3, 0.999))
     assert low.variants[0].time["wallclock"].reached == 3
     assert high.variants[0].time["wallclock"].reached == 0
+    (asked,) = json.loads(run(path, "--json", "--tau", 0.3).stdout)["comparisons"]
+    assert (asked["tau"], asked["variants"][0]["time"]["wallclock"]["reached"]) == (0.3, 3)
+
+
+def test_another_tau_may_be_asked_of_the_sweep_later(tmp_path, capsys):
+    def sweep(*words):
+        return make_plan(["ohgw=off,on", f"results_dir={tmp_path}", *words])
+
+    for cell in [*sweep("seed=0,1", "n_workers=2").cells, *sweep("seed=0,1", "n_workers=7").cells]:
+        FakeCell(NEVER, planned=cell).write(tmp_path)
+    for cell in sweep("seed=2", "n_workers=2", "task.tau=0.8").cells:
+        FakeCell(NEVER, planned=cell).write(tmp_path)
+    words = ("seed=0,1", "n_workers=2")
+    assert run_sweep(sweep(*words, "task.tau=0.55"), json_output=True) == 0
+    out, err = capsys.readouterr()
+    assert "different tau" not in err
+    two, seven = sorted(json.loads(out)["comparisons"], key=lambda comparison: comparison["setting"]["n_workers"])
+    assert (two["tau"], seven["tau"]) == (0.55, 0.97)  # n_workers=7 is not in the plan: as recorded
+    assert [v["time"]["wallclock"]["reached"] for v in two["variants"]] == [3, 3]
+    assert run_sweep(sweep(*words, "task.tau=0.5")) == 0
+    assert "n_workers=2: accuracy, tau = 0.5\n" in capsys.readouterr().out
+    assert run_sweep(sweep("seed=0,1", "n_workers=7")) == 0
+    assert "different tau (0.8, 0.97)" in capsys.readouterr().out  # of the cells the plan does not have
+
+
+def test_no_tau_and_tau_by_setting(tmp_path):
+    path = write_study(tmp_path, seeds=range(2))
+    results = load_results(path)
+    (setting,) = results.cells["setting"].unique()
+    assert math.isnan(summary_tables(results, {setting: None})[0].tau)
+    assert summary_tables(results, {"other": 0.1})[0].tau == 0.9
 
 
 def test_cells_recorded_with_different_tau_are_read_with_one_and_a_warning(tmp_path):
