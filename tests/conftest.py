@@ -57,7 +57,7 @@ def start_harness(tmp_path: Path, environment: dict[str, str]):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

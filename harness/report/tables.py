@@ -234,16 +234,32 @@ def heading(comparison: Comparison) -> str:
 
 
 def _print(table: Table, console: Console) -> None:
-    if not console.is_terminal:
-        for line in plain_lines(table):
+    """With rich where it fits the terminal, else turned, else as plain lines: no number is ever split or cut."""
+    fitting = next((t for t in (table, _turned(table)) if _width(t) <= console.width), None)
+    if not console.is_terminal or fitting is None:
+        for line in plain_lines(table if not console.is_terminal else _turned(table)):
             _say(console, line)
         return
-    rich_table = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(table.header):
-        rich_table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-    for row in table.rows:
+    rich_table = RichTable(
+        title=fitting.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for i, name in enumerate(fitting.header):
+        rich_table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in fitting.rows:
         rich_table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(rich_table)
+
+
+def _width(table: Table) -> int:
+    """Columns that rich needs: the plain lines', and what its box puts in between."""
+    return max(map(len, plain_lines(table))) + len(table.header)
+
+
+def _turned(table: Table) -> Table:
+    """Rows for columns."""
+    header = (table.header[0], *(row[0] for row in table.rows))
+    names = list(enumerate(table.header))[1:]
+    return Table(table.title, header, [(name, *(row[i] for row in table.rows)) for i, name in names])
 
 
 def plain_lines(table: Table) -> list[str]:

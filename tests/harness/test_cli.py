@@ -183,17 +183,17 @@ def test_dry_run_shows_the_plan_and_its_state(here, capsys):
 def test_the_plan_goes_to_the_runner(here, monkeypatch):
     asked = []
 
-    def run_sweep(plan, *, json_output):
-        asked.append((len(plan.cells), json_output))
+    def run_sweep(plan, *, json_output, verbose):
+        asked.append((len(plan.cells), json_output, verbose))
         return 1
 
     monkeypatch.setitem(sys.modules, "harness.runner", types.SimpleNamespace(run_sweep=run_sweep))
-    assert main(["seed=0..4", "--json", "--multirun"]) == 1
-    assert asked == [(5, True)]
+    assert main(["seed=0..4", "--json", "--multirun", "-v"]) == 1
+    assert asked == [(5, True, True)]
 
 
 def test_interrupted_while_running(here, monkeypatch, capsys):
-    def interrupted(plan, *, json_output):
+    def interrupted(plan, *, json_output, verbose):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "harness.runner", types.SimpleNamespace(run_sweep=interrupted))

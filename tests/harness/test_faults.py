@@ -72,7 +72,10 @@ def check_complete(cell: Path, epochs: int = 60) -> None:
     assert not (cell / "trials").exists(), "pause checkpoints are deleted when the cell ends"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+SLOW_TERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, SLOW_TERM])
 def test_driver_killed_mid_cell_then_the_same_command(how, tmp_path, start_harness, harness):
     process = start_harness(*SMALL)
     cell = wait_for(lambda: in_second_cell(tmp_path))
@@ -127,6 +130,7 @@ def reports_of_damaged(cell: Path) -> list[dict]:
     return [e for e in read_events(cell / "events.jsonl")[0] if e["e"] == "report"]
 
 
+@pytest.mark.slow
 def test_corrupt_record_is_named_set_aside_and_redone(tmp_path, start_harness, harness):
     process = start_harness(*SMALL)
     cell = wait_for(lambda: in_second_cell(tmp_path))
@@ -142,6 +146,7 @@ def test_corrupt_record_is_named_set_aside_and_redone(tmp_path, start_harness, h
     check_complete(cell)
 
 
+@pytest.mark.slow
 def test_two_commands_on_one_results_folder_do_not_collide(tmp_path, start_harness, harness):
     process = start_harness(*SMALL)
     wait_for(lambda: (tmp_path / "results" / "default").exists() and len(cells(tmp_path)) >= 1)
@@ -156,6 +161,7 @@ def test_two_commands_on_one_results_folder_do_not_collide(tmp_path, start_harne
         assert sum(e["e"] == "open" for e in read_lines(cell / "events.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_half_deleted_cells_are_mended(tmp_path, harness):
     words = [*SMALL[:-1], "budget.epochs=10"]
     assert harness(*words).returncode == 0
@@ -195,6 +201,7 @@ def test_progress_reaches_the_user_while_a_cell_runs(tmp_path, environment):
     assert re.search(r"/400.*trials +best 0\.\d+", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_sweep(tmp_path, environment):
     command = f"{sys.executable} -m harness {' '.join(SMALL)} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=200)
