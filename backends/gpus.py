@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from backends.context import UserError
 
-CU126 = "https://download.pytorch.org/whl/cu126"
+CU126 = (
+    "uv pip install --reinstall-package torch --reinstall-package torchvision --torch-backend=cu126 torch torchvision"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def check_supported(gpus: Iterable[Gpu], arch_list: Iterable[str]) -> None:
         if any(_runs_on(arch, gpu.capability) for arch in archs):
             continue
         remedy = (
-            f"install its cu126 build, which has them: uv pip install --reinstall torch torchvision --index-url {CU126}"
+            f"install its cu126 build, which has them: {CU126}"
             if (5, 0) <= gpu.capability <= (9, 0)
             else "install a torch build that has them, or hide the GPU with CUDA_VISIBLE_DEVICES"
         )
