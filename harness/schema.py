@@ -10,9 +10,10 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from backends.context import UserError
+from harness.ohgw.settings import Settings
 
 
 def option(
@@ -52,23 +53,6 @@ class Scheduler:
 
 
 @dataclass
-class Ohgw:
-    """The limits of ``harness.ohgw.Settings``, which needs torch to be imported."""
-
-    estimator: str = option("hyper-gradient", choices="off lookahead direct finite_difference random")
-    step: str = option("rule that turns the gradient into a move", choices="raw unit normalized sign")
-    eta: float = option("size of the step", min=0, max=1e6)
-    n_steps: int = option("steps, each on a fresh pair of batches", min=1, max=1000)
-    mask: list[str] | None = option(  # noqa: RUF009 (a dataclass field, not a shared default)
-        "hyperparameters that must not move, as [lr,wd]"
-    )
-    probe: str = option("where lookahead's second batch comes from", choices="train val")
-    momentum: str = option("how one gradient moves the weights under momentum", choices="impulse first_step")
-    momentum_space: str = option("coordinate of momentum", choices="linear log1m")
-    batch_size: int = option("examples of one estimate", min=1, max=1_000_000)
-
-
-@dataclass
 class Task:
     model: str = option("architecture")
     batch_size: int = option("training batch", min=1)
@@ -99,7 +83,7 @@ class Tracker:
 
 GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group without keys
     "scheduler": Scheduler,
-    "ohgw": Ohgw,
+    "ohgw": Settings,
     "task": Task,
     "backend": Backend,
     "launch": None,
@@ -134,8 +118,10 @@ class Key:
         kind: Any = source.type
         nullable = isinstance(kind, types.UnionType)
         kind = get_args(kind)[0] if nullable else kind
-        item = get_args(kind)[0] if get_origin(kind) is list else object
-        return cls(name, get_origin(kind) or kind, nullable=nullable, item=item, **source.metadata)
+        origin = get_origin(kind)
+        item = get_args(kind)[0] if origin in (list, tuple) else object
+        outer: Any = {None: kind, Literal: str, tuple: list}.get(origin, origin)
+        return cls(name, outer, nullable=nullable, item=item, **source.metadata)
 
     @classmethod
     def of_value(cls, name: str, value: Any) -> "Key":

@@ -18,38 +18,41 @@ def _key(help: str, **limits: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """A warm-start variant. Raises ValueError, naming what is possible, for values out of range."""
+    """A warm-start variant. Raises ValueError, naming what is possible, for values out of range.
+
+    ``step`` (``step.py``): raw: -eta * gradient; unit: the same in unit coordinates; normalized: length eta there;
+    sign: eta each. ``momentum`` (``estimators.py``): all that one gradient moves the weights (impulse), or the first
+    step. ``momentum_space``: psi of momentum is itself, or log(1 - momentum). All steps start from the same weights.
+    """
 
     estimator: Estimator = field(
         default="lookahead",
-        metadata=_key("where the hyper-gradient comes from; off: no warm start", choices=get_args(Estimator)),
+        metadata=_key("where the hyper-gradient comes from", choices=get_args(Estimator)),
     )
     step: Rule = field(
         default="raw",
         metadata=_key(
-            "raw: -eta * gradient; unit: the same in unit coordinates; normalized: length eta there; sign: eta each",
+            "rule that turns the gradient into a move",
             choices=get_args(Rule),
         ),
     )
     eta: float = field(default=1e-3, metadata=_key("step size", min=0.0, max=1e6))
-    n_steps: int = field(
-        default=1, metadata=_key("steps, each with a fresh batch pair at the same initial weights", min=1, max=1000)
-    )
-    mask: tuple[str, ...] = field(default=(), metadata=_key("hyperparameters that stay frozen"))
+    n_steps: int = field(default=1, metadata=_key("steps, each on a fresh pair of batches", min=1, max=1000))
+    mask: tuple[str, ...] = field(default=(), metadata=_key("hyperparameters that must not move, as [lr,wd]"))
     probe: Probe = field(
-        default="train", metadata=_key("split that the lookahead's second batch comes from", choices=get_args(Probe))
+        default="train", metadata=_key("where lookahead's second batch comes from", choices=get_args(Probe))
     )
     momentum: Momentum = field(
         default="impulse",
         metadata=_key(
-            "the lookahead's update: all that one gradient moves the weights (impulse), or the first step",
+            "how one gradient moves the weights under momentum",
             choices=get_args(Momentum),
         ),
     )
     momentum_space: MomentumSpace = field(
-        default="linear", metadata=_key("momentum's psi: itself, or log(1 - momentum)", choices=get_args(MomentumSpace))
+        default="linear", metadata=_key("coordinate of momentum", choices=get_args(MomentumSpace))
     )
-    batch_size: int = field(default=128, metadata=_key("mini-batch of the warm start", min=1, max=1_000_000))
+    batch_size: int = field(default=128, metadata=_key("examples of one estimate", min=1, max=1_000_000))
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, str) or not all(isinstance(name, str) for name in self.mask):
