@@ -4,10 +4,21 @@ Read ``base.py`` first (what all share), then ``rungs.py`` (successive-halving a
 """
 
 from harness.schedulers.asha import ASHA
-from harness.schedulers.base import BaseScheduler, Job, Searcher
+from harness.schedulers.base import BaseScheduler, Job, Origin, Searcher
 from harness.schedulers.hyperband import Hyperband
 from harness.schedulers.pasha import PASHA
 from harness.schedulers.random import RandomSearch
-from harness.schedulers.sampler import RandomSampler
+from harness.schedulers.sampler import CandidateSampler, RandomSampler
 
-__all__ = ["ASHA", "PASHA", "BaseScheduler", "Hyperband", "Job", "RandomSampler", "RandomSearch", "Searcher"]
+__all__ = [
+    "ASHA",
+    "PASHA",
+    "BaseScheduler",
+    "CandidateSampler",
+    "Hyperband",
+    "Job",
+    "Origin",
+    "RandomSampler",
+    "RandomSearch",
+    "Searcher",
+]

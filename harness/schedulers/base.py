@@ -20,10 +20,23 @@ Mode = Literal["min", "max"]
 
 
 class Searcher(Protocol):
-    """Where new configurations come from. A model-based one reads ``BaseScheduler.configs`` for its features."""
+    """Where new configurations come from. A model-based one reads its scheduler's books (``BaseScheduler``) and has an
+    attribute ``origin``: the ``Origin`` of its latest suggestion."""
 
     def suggest(self) -> dict[str, Any] | None:
         """A new configuration, or None if there is none left."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a suggestion of a model-based scheduler came from; goes into the record of the trial's start.
+
+    ``by``: "random" (too few observations, or its turn), "model", or "last_model" (the newest fit failed, an older one
+    was used). ``failure``: why the newest fit was of no use; None if it was, or if there was none to make.
+    """
+
+    by: Literal["random", "model", "last_model"]
+    failure: str | None = None
 
 
 @dataclass
@@ -45,7 +58,8 @@ class BaseScheduler(TrialScheduler, Generic[JobT]):
     ``configs`` is the one place where a trial's configuration lives: set when the trial is added, replaced by
     ``trial.config`` at its first result, used when it is resumed. Whoever changes a configuration at the start of
     training (OHGW: x becomes x') passes a ``Trial`` that holds the new one, and everything built on ``configs``
-    follows.
+    follows. ``curves`` holds every reported value by trial and resource (+-inf for one that is not finite), ``running``
+    the jobs of the trials that are being trained, ``failed`` the trials that ended in an error: what a model needs.
     """
 
     def __init__(
@@ -75,6 +89,9 @@ class BaseScheduler(TrialScheduler, Generic[JobT]):
         self.searcher: Searcher = RandomSampler(config_space, seed) if searcher is None else searcher
         self.configs: dict[int, dict[str, Any]] = {}
         self.running: dict[int, JobT] = {}
+        self.curves: dict[int, dict[int, float]] = {}
+        self.failed: set[int] = set()
+        self.origin: Origin | None = None
         self._observed: set[int] = set()
         self._pending: JobT | None = None
 
@@ -93,12 +110,12 @@ class BaseScheduler(TrialScheduler, Generic[JobT]):
         config = self.searcher.suggest()
         if config is None:
             return None
-        self._pending = job
+        self._pending, self.origin = job, getattr(self.searcher, "origin", None)
         return TrialSuggestion.start_suggestion(self._with_milestone(config, train_to))
 
     def resume(self, trial_id: int, job: JobT) -> TrialSuggestion:
         """Suggest that a paused trial goes on, with the configuration in the books, and does ``job``."""
-        self.running[trial_id] = job
+        self.running[trial_id], self.origin = job, None
         return TrialSuggestion.resume_suggestion(trial_id, self._with_milestone(self.configs[trial_id], job.milestone))
 
     def on_trial_add(self, trial: Trial) -> None:
@@ -113,6 +130,7 @@ class BaseScheduler(TrialScheduler, Generic[JobT]):
             self._observed.add(trial.trial_id)
             self.configs[trial.trial_id] = dict(trial.config)
         resource, value = self.read(trial, result)
+        self.curves.setdefault(trial.trial_id, {})[resource] = value
         job = self.running.get(trial.trial_id)
         if job is None:
             return SchedulerDecision.STOP if resource >= self.max_t else SchedulerDecision.CONTINUE
@@ -128,6 +146,7 @@ class BaseScheduler(TrialScheduler, Generic[JobT]):
         self.on_trial_remove(trial)
 
     def on_trial_error(self, trial: Trial) -> None:
+        self.failed.add(trial.trial_id)
         self.on_trial_remove(trial)
         self.withdraw(trial.trial_id)
 

@@ -1,6 +1,6 @@
 """The seeded sampler of configurations: one sequence per seed, the same for every scheduler and OHGW variant."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.seeds import rng
@@ -26,3 +26,16 @@ class RandomSampler:
         config = self.space.sample(rng(self.seed, "configuration", self.drawn))
         self.drawn += 1
         return config
+
+
+class CandidateSampler:
+    """The configurations of a table, each once, in a random order that depends on the seed and their number only."""
+
+    def __init__(self, candidates: Sequence[Mapping[str, Any]], seed: int = 0):
+        self.candidates = candidates
+        self._order = iter(rng(seed, "candidates").permutation(len(candidates)).tolist())
+
+    def suggest(self) -> dict[str, Any] | None:
+        """The next configuration; None when all were given."""
+        index = next(self._order, None)
+        return None if index is None else dict(self.candidates[index])
