@@ -1,18 +1,22 @@
-"""Syne Tune backends for trial functions: ``PoolBackend`` (warm workers), ``LocalTrialBackend`` (a process a trial)."""
+"""Syne Tune backends for trial functions: ``PoolBackend`` (warm workers), ``LocalTrialBackend`` (a process a trial) and
+``SimulatedBackend`` (virtual workers over a store of curves)."""
 
+import importlib
 from typing import Any
 
-__all__ = ["LocalTrialBackend", "PoolBackend", "WorkerPool"]
+_HOMES = {
+    "CurveStore": "backends.curve_store",
+    "LocalTrialBackend": "backends.local",
+    "PoolBackend": "backends.pool",
+    "SimulatedBackend": "backends.simulated",
+    "WorkerPool": "backends.pool",
+}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: worker processes need neither Syne Tune nor the pool."""
-    if name == "LocalTrialBackend":
-        from backends.local import LocalTrialBackend
-
-        return LocalTrialBackend
-    if name in __all__:
-        from backends import pool
-
-        return getattr(pool, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'backends' has no attribute {name!r}")

@@ -127,6 +127,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.pt"))
 
 
+def reports_before(content: bytes) -> int:
+    """How many reports a checkpoint file's trial had made when it was written. Errors: ValueError if it is none."""
+    return int(json.loads(content.partition(b"\n")[0])["reports"])
+
+
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy the newest checkpoint of the trial folder ``source`` as the start of the trial ``target``, which counts its
     reports from 0. Errors: FileNotFoundError if ``source`` has none."""

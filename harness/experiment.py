@@ -2,13 +2,14 @@
 
 A cell that was interrupted is continued by replaying its events into a fresh scheduler (``harness/recorder.py``);
 trials that were running go on from their checkpoints. A cell whose record cannot be continued is set aside and starts
-again.
+again, and so does one in virtual time: its trials are in the curve store, and its events come out the same.
 """
 
 import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from syne_tune.tuner_callback import TunerCallback
 from syne_tune.tuner_logger import TunerLogger
 
 from backends.context import RestoredTrial
+from backends.curve_store import CurveStore
 from backends.function_backend import threads_per_worker
 from backends.local import LocalTrialBackend
 from backends.pool import PoolBackend, WorkerPool
+from backends.simulated import Counts, SimulatedBackend, VirtualClock
 from harness import record
+from harness.curves import curve_identity
 from harness.instantiate import instantiate
 from harness.ohgw import OHGW
 from harness.record import CellPaths, EventLog
@@ -49,40 +53,52 @@ class _Silent(TunerLogger):
         return super().__getattribute__(name)
 
 
+@dataclass
+class Shared:
+    """What the cells of a sweep have in common. ``pool``: the warm workers, started by the first call; ``store`` and
+    ``counts``: of ``backend=simulated``."""
+
+    pool: Callable[[], WorkerPool]
+    store: CurveStore | None = None
+    counts: Counts = field(default_factory=Counts)
+
+
 def run_cell(
     cell: Cell,
     paths: CellPaths,
-    pool: WorkerPool | None,
+    shared: Shared,
     meta: dict[str, Any],
     on_event: Callable[[Recorder, dict[str, Any]], None] = lambda recorder, event: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Run ``cell`` to its end and return its summary. The caller holds the cell's lock.
 
-    ``pool`` is None for ``backend=local``. Raises CellFailed, or KeyboardInterrupt with everything done so far on disk.
+    Raises CellFailed, or KeyboardInterrupt with everything done so far on disk.
     """
     try:
         events = _earlier_events(paths, cell, meta, warn)
-        return _attempt(cell, paths, pool, meta, events, on_event)
+        return _attempt(cell, paths, shared, meta, events, on_event)
     except ReplayError as error:
         aside = record.set_aside(paths)
         warn(f"{paths.folder}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
         _create(paths, cell, meta)
-        return _attempt(cell, paths, pool, meta, [], on_event)
+        return _attempt(cell, paths, shared, meta, [], on_event)
 
 
 def _attempt(
     cell: Cell,
     paths: CellPaths,
-    pool: WorkerPool | None,
+    shared: Shared,
     meta: dict[str, Any],
     events: list[dict[str, Any]],
     on_event: Callable[[Recorder, dict[str, Any]], None],
 ) -> dict[str, Any]:
     run = 1 + sum(event["e"] == "open" for event in events)
+    backend = _backend(cell, paths, shared, run)
+    virtual = backend.clock if isinstance(backend, SimulatedBackend) else None
     log, trials = EventLog(paths.events), _TrialsLog(paths, events)
-    clock = CellClock(events[-1]["t"] if events else 0.0)
-    backend = _backend(cell, paths, pool, run)
+    decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
+    opened = {"run": run, "commit": meta["commit"]} | ({} if virtual else {"time": meta["time"]})
 
     def recorded(event: dict[str, Any]) -> None:
         trials.event(event)
@@ -92,9 +108,10 @@ def _attempt(
         _scheduler(cell.config),
         log,
         Budget(**cell.config["budget"]),
-        clock,
+        virtual or CellClock(events[-1]["t"] if events else 0.0),
         lambda trial_id: {"reason": backend.failure(trial_id), **backend.failure_details(trial_id)},
         on_event=recorded,
+        on_decision=decisions.add,
     )
     backend.on_event = recorder.note
     try:
@@ -105,7 +122,7 @@ def _attempt(
                 for k, trial in sorted(recorder.progress.trials.items())
             ]
         )
-        recorder.note({"e": "open", "run": run, "time": meta["time"], "commit": meta["commit"]})
+        recorder.note({"e": "open", **opened})
         why = _tune(cell, paths, backend, recorder)
         recorder.note({"e": "close", "why": why})
     except BaseException as error:
@@ -117,6 +134,7 @@ def _attempt(
     finally:
         log.close()
         trials.close()
+        decisions.close()
         backend.close()
     return _finish(cell, paths, why)
 
@@ -178,7 +196,9 @@ def trial_settings(cell: Cell, paths: CellPaths | None = None) -> dict[str, Any]
     }
 
 
-def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) -> PoolBackend | LocalTrialBackend:
+def _backend(
+    cell: Cell, paths: CellPaths, shared: Shared, run: int
+) -> PoolBackend | LocalTrialBackend | SimulatedBackend:
     options = cell.config["backend"]
     common: dict[str, Any] = {
         "settings": trial_settings(cell, paths),
@@ -187,8 +207,15 @@ def _backend(cell: Cell, paths: CellPaths, pool: WorkerPool | None, run: int) ->
         "run": run,
         "max_retries": options["max_retries"],
     }
-    if pool is not None:
-        return PoolBackend(TRIAL_FUNCTION, pool=pool, **common)
+    if options["name"] == "pool":
+        return PoolBackend(TRIAL_FUNCTION, pool=shared.pool(), **common)
+    if options["name"] == "simulated":
+        assert shared.store is not None
+        every_epoch = {**common["settings"], "checkpoint_seconds": 0.0}  # any epoch may be the last one asked for
+        return SimulatedBackend(
+            TRIAL_FUNCTION, store=shared.store, pool=shared.pool, identity=curve_identity(cell),
+            max_resource_attr=MAX_RESOURCE, counts=shared.counts, **{**common, "settings": every_epoch},
+        )  # fmt: skip
     threads = options["threads"] or threads_per_worker(cell.config["n_workers"])
     return LocalTrialBackend(TRIAL_FUNCTION, threads=threads, stop_grace=options["stop_grace"], **common)
 
@@ -224,6 +251,25 @@ class _TrialsLog:
         self._log.close()
 
 
+class _DecisionLog:
+    """Writes decisions.jsonl, and moves the virtual clock by what decisions take if there is one to ``charge``."""
+
+    def __init__(self, paths: CellPaths, charge: VirtualClock | None):
+        self._log, self._charge, self._reports = EventLog(paths.decisions), charge, 0.0
+
+    def add(self, kind: str, seconds: float) -> None:
+        if self._charge is not None:
+            self._charge.advance_to(self._charge.now + seconds)
+        if kind == "report":
+            self._reports += seconds
+            return
+        self._log.append({"suggest": seconds, "reports": self._reports})
+        self._reports = 0.0
+
+    def close(self) -> None:
+        self._log.close()
+
+
 def _earlier_events(
     paths: CellPaths, cell: Cell, meta: dict[str, Any], warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -244,6 +290,10 @@ def _earlier_events(
         warn(f"{paths.folder}: set aside as {aside.name}, starting again")
         _create(paths, cell, meta)
         return []
+    if cell.config["backend"]["name"] == "simulated":  # what was trained is in the store: nothing is lost
+        shutil.rmtree(paths.root)
+        _create(paths, cell, meta)
+        return []
     commits = [event["commit"] for event in events if event["e"] == "open"]
     if commits and commits[-1] != meta["commit"]:
         warn(f"{paths.folder}: begun with commit {commits[-1]}, goes on with {meta['commit']}")
@@ -259,6 +309,7 @@ def _create(paths: CellPaths, cell: Cell, meta: dict[str, Any]) -> None:
 def _finish(cell: Cell, paths: CellPaths, why: str) -> dict[str, Any]:
     events, _ = record.read_events(paths.events)
     summary = record.summarize(cell.config, events) | {"stop_reason": why}
+    summary["decision_seconds"] = record.decision_seconds(paths.decisions)
     if cell.config["save_model"] == "best":
         _keep_best_model(paths, summary)
     _collect_logs(paths)

@@ -1,6 +1,7 @@
 """What is on disk: the paths of a cell, how its files are written and read, and what one cell's events amount to.
 
-    results/<name>/<cell>/config.yaml meta.json events.jsonl trials.jsonl summary.json stdout.log stderr.log
+    results/<name>/<cell>/config.yaml meta.json events.jsonl trials.jsonl decisions.jsonl summary.json
+                          stdout.log stderr.log
     results/<name>/.locks/<cell>.lock
 
 ``events.jsonl`` only ever grows, one JSON object a line, so that a killed run loses at most the line being written;
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import socket
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,11 @@ class CellPaths:
     def trials(self) -> Path:
         """One line a trial: x, x' and the warm start's record."""
         return self.root / "trials.jsonl"
+
+    @property
+    def decisions(self) -> Path:
+        """One line a suggestion: how long the scheduler took for it, and for the reports since the last one."""
+        return self.root / "decisions.jsonl"
 
     @property
     def summary(self) -> Path:
@@ -371,10 +378,25 @@ def summarize(
         "epochs": len(columns["t"]),
         "failures": sum(event["e"] == "error" for event in events),
         "retries": sum(event["e"] == "retry" for event in events),
+        "model_failures": sum("failure" in event.get("origin", {}) for event in events),
         "wallclock": events[-1]["t"] if events else 0.0,
         **totals,
         **_incumbent(columns, mode),
         "t_tau": {str(tau): _times_to(tau, columns, mode) for tau in targets(task)},
+    }
+
+
+def decision_seconds(path: str | Path) -> dict[str, Any]:
+    """What a scheduler's decisions took, from decisions.jsonl: number of suggestions, seconds in total, their median
+    and maximum, and seconds for all reports. Unreadable lines are left out."""
+    rows = [row for _, line in _lines(Path(path)) if (row := _parse(line)) is not None and "suggest" in row]
+    suggest = [row["suggest"] for row in rows]
+    return {
+        "suggestions": len(rows),
+        "suggest": sum(suggest),
+        "suggest_median": statistics.median(suggest) if rows else None,
+        "suggest_max": max(suggest, default=None),
+        "reports": sum(row["reports"] for row in rows),
     }
 
 

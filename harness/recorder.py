@@ -116,6 +116,8 @@ class Recorder(TrialScheduler):
     :param clock: seconds since the cell started
     :param failure: ``trial_id -> {"reason": ..., "busy": ...}`` of a failed trial
     :param on_event: called after every event is on disk (progress display, tracker)
+    :param on_decision: called with the seconds of every decision of the scheduler, before the event it leads to is
+        written: ``("suggest" | "report", seconds)``
     """
 
     def __init__(
@@ -123,13 +125,14 @@ class Recorder(TrialScheduler):
         scheduler: TrialScheduler,
         log: EventLog,
         budget: Budget,
-        clock: CellClock,
+        clock: Callable[[], float],
         failure: Callable[[int], dict[str, Any]],
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        on_decision: Callable[[str, float], None] = lambda kind, seconds: None,
     ):
         super().__init__(random_seed=0)
         self.scheduler, self.log, self.budget, self.clock = scheduler, log, budget, clock
-        self.failure, self.on_event = failure, on_event
+        self.failure, self.on_event, self.on_decision = failure, on_event, on_decision
         self.progress = Progress()
         self.mode = scheduler.metric_mode()
         self._returning: list[int] = []  # trials that were running when the last attempt at this cell ended
@@ -142,13 +145,15 @@ class Recorder(TrialScheduler):
             return TrialSuggestion.resume_suggestion(trial_id, dict(self.progress.trials[trial_id].config))
         if self.progress.exhausted:
             return None
+        begun = time.perf_counter()
         suggestion = self.scheduler.suggest()
+        self.on_decision("suggest", time.perf_counter() - begun)
         if suggestion is None:
             self._write({"e": "none", "why": "scheduler"})
         elif not suggestion.spawn_new_trial_id:
             trial_id = int(suggestion.checkpoint_trial_id)
             config = suggestion.config or self.progress.trials[trial_id].config
-            self._write({"e": "resume", "trial": trial_id, "config": dict(config)})
+            self._write({"e": "resume", "trial": trial_id, "config": dict(config), **self._origin()})
         elif self.budget.trials is not None and len(self.progress.trials) >= self.budget.trials:
             self._write({"e": "none", "why": "trials"})
             return None
@@ -156,13 +161,15 @@ class Recorder(TrialScheduler):
 
     def on_trial_add(self, trial: Trial) -> None:
         self.scheduler.on_trial_add(trial)
-        self._write({"e": "start", "trial": trial.trial_id, "config": dict(trial.config)})
+        self._write({"e": "start", "trial": trial.trial_id, "config": dict(trial.config), **self._origin()})
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any]) -> str:
         if self.exhausted():
             return SchedulerDecision.STOP
         result = {key: value for key, value in result.items() if not key.startswith("st_")}
+        begun = time.perf_counter()
         decision = self.scheduler.on_trial_result(trial, _visible(result))
+        self.on_decision("report", time.perf_counter() - begun)
         self._write({"e": "report", "trial": trial.trial_id, "decision": decision, "result": result})
         return decision
 
@@ -209,6 +216,11 @@ class Recorder(TrialScheduler):
     def note(self, event: dict[str, Any]) -> None:
         """Log an event that is no decision (a lost worker, a retry)."""
         self._write(event)
+
+    def _origin(self) -> dict[str, Any]:
+        """Where a model-based scheduler's suggestion came from (``harness.schedulers.Origin``); empty for others."""
+        origin = getattr(self.scheduler, "origin", None)
+        return {} if origin is None else {"origin": {k: v for k, v in vars(origin).items() if v is not None}}
 
     def _write(self, event: dict[str, Any]) -> None:
         event = {"e": event["e"], "t": round(self.clock(), 6), **event}

@@ -16,9 +16,12 @@ from rich.console import Console
 
 from backends import gpus
 from backends.context import UserError
+from backends.curve_store import CurveStore
 from backends.local import LocalTrialBackend
 from backends.pool import WorkerPool
-from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, run_cell, trial_settings
+from backends.simulated import Counts
+from harness.curves import shown_counts
+from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, Shared, run_cell, trial_settings
 from harness.instantiate import instantiate
 from harness.progress import Display
 from harness.provenance import provenance
@@ -97,20 +100,26 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
 
 def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], verbose: bool) -> Outcome:
     outcome = Outcome()
-    pools = _Pools()
-    with Display(console, total, total - len(todo)) as display, _terminate_is_interrupt(), contextlib.closing(pools):
+    machinery = _Machinery(meta)
+    with (
+        Display(console, total, total - len(todo)) as display,
+        _terminate_is_interrupt(),
+        contextlib.closing(machinery),
+    ):
         try:
             for cell in todo:
-                _run_one(cell, pools, display, meta, outcome)
+                _run_one(cell, machinery, display, meta, outcome)
                 if verbose:
                     _show_logs(_paths(cell), display)
         except KeyboardInterrupt:
             outcome.interrupted = True
+    for path, counts in machinery.counts.items():
+        console.print(shown_counts(vars(counts), Path(path)), highlight=False, markup=False, soft_wrap=True)
     outcome.busy = [cell.folder for cell in todo if cell.folder in outcome.busy and not _paths(cell).finished]
     return outcome
 
 
-def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any], outcome: Outcome) -> None:
+def _run_one(cell: Cell, machinery: "_Machinery", display: Display, meta: dict[str, Any], outcome: Outcome) -> None:
     paths = _paths(cell)
     tracker = Guarded(instantiate(cell.config["tracker"]), display.message)
 
@@ -123,17 +132,18 @@ def _run_one(cell: Cell, pools: "_Pools", display: Display, meta: dict[str, Any]
             if paths.finished:  # another command finished it since the plan was made
                 outcome.finished.append(cell.folder)
                 return display.finish_cell(cell, "finished by another command")
-            pool = pools.for_cell(cell, display)
+            shared = machinery.for_cell(cell, display)
             display.start_cell(cell, resumed=paths.events.exists())
             tracker.start(cell, paths.root)
             summary = None
             try:
-                summary = run_cell(cell, paths, pool, meta, on_event, display.message)
+                summary = run_cell(cell, paths, shared, meta, on_event, display.message)
             finally:
                 tracker.finish(summary)
         outcome.finished.append(cell.folder)
-        best = summary["best_validation_score"]
-        display.finish_cell(cell, f"best {'-' if best is None else f'{best:.4f}'} in {summary['trials']} trials")
+        best, failures = summary["best_validation_score"], summary["model_failures"]
+        fits = f", {failures} model fits failed" if failures else ""
+        display.finish_cell(cell, f"best {'-' if best is None else f'{best:.4f}'} in {summary['trials']} trials{fits}")
     except CellBusy as busy:
         outcome.busy.append(cell.folder)
         display.message(f"{cell.folder}: left alone, {busy}")
@@ -153,37 +163,71 @@ def _show_logs(paths: CellPaths, display: Display) -> None:
             display.message(f"{file}:\n{text}")
 
 
-class _Pools:
-    """The warm workers, kept from cell to cell as long as the cells ask for the same ones."""
+class _Machinery:
+    """What cells share: the warm workers and the curve store, kept as long as the cells ask for the same ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, meta: dict[str, Any]) -> None:
         self._pool: WorkerPool | None = None
-        self._key: tuple[Any, ...] = ()
+        self._pool_key: tuple[Any, ...] = ()
         self._prepared: set[str] = set()  # tasks and variants that workers were told of
+        self._stores: dict[str, CurveStore] = {}
+        self.counts: dict[str, Counts] = {}  # by store
+        self._origin = {key: meta[key] for key in ("cpu", "gpus", "host", "platform", "python", "packages")}
 
-    def for_cell(self, cell: Cell, display: Display) -> WorkerPool | None:
+    def for_cell(self, cell: Cell, display: Display) -> Shared:
+        kind = cell.config["backend"]["name"]
+        if kind == "local":
+            self._check_local(cell)
+        elif kind == "pool":
+            self._workers(cell, display)
+        shared = Shared(pool=lambda: self._workers(cell, display))
+        if kind == "simulated":
+            path = cell.config["backend"]["store"]
+            if path not in self._stores:
+                limit = int(cell.config["backend"]["max_gib"] * 2**30)
+                self._stores[path] = CurveStore(path, limit, self._origin)
+            shared.store, shared.counts = self._stores[path], self.counts.setdefault(path, Counts())
+        return shared
+
+    def close(self) -> None:
+        self._close_pool()
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
+
+    def _workers(self, cell: Cell, display: Display) -> WorkerPool:
+        """The warm workers, prepared for the cell's task and variant; started if there are none that fit."""
         backend, settings = cell.config["backend"], trial_settings(cell)
-        wanted = json.dumps([settings["task"], settings["ohgw"]])
-        if backend["name"] == "local":
-            if wanted not in self._prepared:  # find the user's mistakes before the first trial does
-                with contextlib.closing(LocalTrialBackend(TRIAL_FUNCTION)) as trials:
-                    trials.prepare(PREPARE_FUNCTION, settings)
-            self._prepared.add(wanted)
-            return None
-        key = (cell.config["n_workers"], backend["threads"], backend["stop_grace"])
-        if self._pool is None or key != self._key:
-            self.close()
-            display.message(f"starting {key[0]} worker{'s' if key[0] > 1 else ''} ...")
-            self._pool, self._key = WorkerPool(key[0], threads=key[1], stop_grace=key[2]), key
+        count = cell.config["n_workers"]
+        if backend["name"] == "simulated":
+            count = backend["processes"] or gpus.default_n_workers()
+        key = (count, backend["threads"], backend["stop_grace"])
+        if self._pool is None or key != self._pool_key:
+            self._close_pool()
+            display.message(f"starting {count} worker{'s' if count > 1 else ''} ...")
+            self._pool, self._pool_key = WorkerPool(count, threads=backend["threads"], stop_grace=key[2]), key
+        wanted = _task_and_variant(settings)
         if wanted not in self._prepared:
             self._pool.prepare(PREPARE_FUNCTION, settings)
             self._prepared.add(wanted)
         return self._pool
 
-    def close(self) -> None:
+    def _check_local(self, cell: Cell) -> None:
+        """Find the user's mistakes before the first trial does."""
+        settings = trial_settings(cell)
+        if _task_and_variant(settings) not in self._prepared:
+            with contextlib.closing(LocalTrialBackend(TRIAL_FUNCTION)) as trials:
+                trials.prepare(PREPARE_FUNCTION, settings)
+        self._prepared.add(_task_and_variant(settings))
+
+    def _close_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
         self._pool, self._prepared = None, set()
+
+
+def _task_and_variant(settings: dict[str, Any]) -> str:
+    return json.dumps([settings["task"], settings["ohgw"]])
 
 
 def _paths(cell: Cell) -> CellPaths:

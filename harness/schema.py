@@ -74,6 +74,13 @@ class Backend:
     max_retries: int = option("how often a trial survives the loss of its worker", min=0)
     stop_grace: float = option("seconds a worker has to stop a trial before it is killed", min=0)
 
+    store: str | None = option(
+        "simulated: file of the curve store (literal, ~ expanded); null: results_dir/curves.sqlite"
+    )
+    max_gib: float = option("simulated: checkpoints kept in the store, GiB", min=0)
+    charge_decisions: bool = option("simulated: whether the scheduler's own time counts")
+    processes: int | None = option("simulated: real workers for what the store lacks; null: one a GPU, else 2", min=1)
+
 
 @dataclass
 class Tracker:
@@ -90,10 +97,14 @@ GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group with
     "tracker": Tracker,
     "experiment": None,
 }
-LITERAL = frozenset({"name", "results_dir", "task.data_dir"})  # never parsed: commas, quotes, = are part of the value
+LITERAL = frozenset(
+    {"name", "results_dir", "task.data_dir", "backend.store"}
+)  # never parsed: commas, quotes, = are part of the value
 # Not part of a cell's identity (the hash), so two values of one of these would be the same cell.
-OUTSIDE_IDENTITY = frozenset({"name", "results_dir", "save_model", "tracker", "launch"}) | frozenset(
-    f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models")
+OUTSIDE_IDENTITY = (
+    frozenset({"name", "results_dir", "save_model", "tracker", "launch"})
+    | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models"))
+    | frozenset(f"backend.{key}" for key in ("store", "max_gib", "processes"))
 )
 FIXED = frozenset({"backend.name", "launch.name"})  # what a YAML is, not what it can be told
 

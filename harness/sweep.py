@@ -86,22 +86,25 @@ def identity(config: Mapping[str, Any]) -> str:
 
     Of the task's spaces only the chosen one counts, in its order (the order of sampling); its name does not.
     """
-    return _digest(_deciding(config))
+    return _digest(deciding(config))
 
 
 def setting(config: Mapping[str, Any]) -> str:
     """8 hex digits of the identity without OHGW and seed: cells of one setting may be compared, paired by seed."""
-    return _digest({k: v for k, v in _deciding(config).items() if k not in ("ohgw", "seed")})
+    return _digest({k: v for k, v in deciding(config).items() if k not in ("ohgw", "seed")})
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = {key.partition(".")[2] for key in OUTSIDE_IDENTITY if key.startswith("task.")} | {"spaces", "space"}
-    task = {k: v for k, v in config["task"].items() if k not in dropped}
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a cell's results, JSON-able: task (its space spelled out), scheduler, ohgw, seed, budget, ..."""
+    task = {
+        k: v for k, v in config["task"].items() if f"task.{k}" not in OUTSIDE_IDENTITY | {"task.spaces", "task.space"}
+    }
+    backend = {k: v for k, v in config["backend"].items() if f"backend.{k}" not in OUTSIDE_IDENTITY}
     space = _space(config["task"])
     domains = [[name, type(domain).__name__, dataclasses.asdict(domain)] for name, domain in space.domains.items()]
     task["space"] = [*domains, space.constants]
-    rest = ("scheduler", "ohgw", "seed", "budget", "n_workers", "backend")
-    return {"task": task, **{name: config[name] for name in rest}}
+    rest = ("scheduler", "ohgw", "seed", "budget", "n_workers")
+    return {"task": task, **{name: config[name] for name in rest}, "backend": backend}
 
 
 def _digest(payload: Any) -> str:
@@ -360,6 +363,9 @@ def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[st
     _cross_check(config)
     _folder_name(config["name"])  # may come from an experiment's YAML
     config["results_dir"] = os.path.expanduser(config["results_dir"])
+    if config["backend"]["name"] == "simulated":
+        store = config["backend"]["store"] or os.path.join(config["results_dir"], "curves.sqlite")
+        config["backend"]["store"] = os.path.abspath(os.path.expanduser(store))
     if config["task"].get("data_dir") is not None:  # workers may have another working directory
         config["task"]["data_dir"] = os.path.abspath(os.path.expanduser(config["task"]["data_dir"]))
     labels = {group: _label(choices[group], config[group], base[group], group) for group in ("task", "scheduler")}
@@ -371,6 +377,10 @@ def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[st
 def _cross_check(config: Mapping[str, Any]) -> None:
     """Values that are each possible and together are not."""
     task, scheduler = config["task"], config["scheduler"]
+    if config["backend"]["name"] == "simulated" and config["save_model"] != "none":
+        raise UserError(
+            "save_model must be none with backend=simulated: a trial found in the store is not trained again"
+        )
     if all(limit is None for limit in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
         raise UserError(f"a cell would never end: set at least one of {names}, as in budget.wallclock=3600")

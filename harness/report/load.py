@@ -114,7 +114,7 @@ def _load_cell(paths: CellPaths, warnings: list[str]) -> tuple[dict[str, Any], d
             "status": _status(computed, finished=summary is not None),
             "tau": task.get("tau"),
             "mode": task.get("mode", "max"),
-            "opened": next((event.get("time") for event in events), None),
+            "opened": next((event["time"] for event in events if "time" in event), None) or _begun(paths),
             "budget_wallclock": budget.get("wallclock"),
             "budget_gpu_hours": budget.get("gpu_hours"),
             **_flat({key: value for key, value in computed.items() if key not in _NO_COLUMNS}),
@@ -143,6 +143,14 @@ def _status(computed: Mapping[str, Any], finished: bool) -> str:
     if finished:
         return "finished"
     return "running or killed" if computed["stop_reason"] == "running or killed" else "interrupted"
+
+
+def _begun(paths: CellPaths) -> float | None:
+    """When the cell was begun, by meta.json; the events of an experiment in virtual time do not say."""
+    try:
+        return float(json.loads(paths.meta.read_bytes())["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _arguments(paths: CellPaths) -> list[str] | None:
