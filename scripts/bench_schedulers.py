@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from syne_tune.backend.trial_status import Trial
@@ -528,7 +528,7 @@ def main() -> None:
                 print_record(options, tables, runs)
         if times:
             print_times(times)
-    except (TableError, OSError, json.JSONDecodeError) as error:
+    except (TableError, FileNotFoundError, PermissionError, json.JSONDecodeError) as error:
         parser.error(str(error))
 
 
@@ -556,8 +556,15 @@ def _present(names: Iterable[str]) -> Iterator[str]:
             print(error, file=sys.stderr)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; the usage is a page and has ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the recorded tables")
     parser.add_argument("--tables", default="dev", help="dev, test, or names, with commas (default: dev)")
     parser.add_argument("--schedulers", type=_schedulers, default=[*MODEL_FREE, *MODEL_BASED], help="default: all")
