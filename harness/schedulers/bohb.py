@@ -93,7 +93,7 @@ class DensitySearcher:
     def _draw(self, good: KernelDensity, stream: np.random.Generator) -> tuple[np.ndarray, list[Any]]:
         """Points and tickets of unused configurations from the good density."""
         points = self._coordinates.widen(good.sample(SAMPLES, stream))
-        return self._supply.near(points, self._scheduler.configs.values())
+        return self._supply.near(points, self._supply.encoder.encode_all(self._scheduler.configs.values()))
 
     def _best(self, points: np.ndarray, good: KernelDensity, bad: KernelDensity) -> int:
         rows = self._coordinates.narrow(points)

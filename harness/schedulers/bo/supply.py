@@ -3,7 +3,7 @@
 Both kinds name a configuration by a ticket, which ``give`` turns into the configuration and marks as used.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,17 @@ class SpaceSupply:
     def random(self) -> dict[str, Any]:
         return self.give(self._sampler.suggest())
 
-    def near(self, points: np.ndarray, used: Iterable[Mapping[str, Any]]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """The configurations nearest to ``points``, shape (n, dims), without those given or ``used`` (what warm starts
-        made of them): their points, shape (at most n, dims), and their tickets."""
-        taken = self._given | {_key(self.encoder.encode(config)) for config in used}
+    def near(self, points: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The configurations nearest to ``points``, shape (n, dims), without those given and those at ``used``, shape
+        (m, dims) (what warm starts made of them): their points, shape (at most n, dims), and their tickets."""
+        taken = self._given | set(_keys(used))
         configs = [self.encoder.decode(point) for point in points]
         rounded = self.encoder.encode_all(configs)
-        unused = [k for k, point in enumerate(rounded) if _key(point) not in taken]
+        unused = [k for k, key in enumerate(_keys(rounded)) if key not in taken]
         return rounded[unused], [configs[k] for k in unused]
 
     def give(self, ticket: dict[str, Any]) -> dict[str, Any]:
-        self._given.add(_key(self.encoder.encode(ticket)))
+        self._given.update(_keys(self.encoder.encode_all([ticket])))
         return ticket
 
 
@@ -59,7 +59,7 @@ class TableSupply:
         """Points, shape (n, dims), and tickets of all that are left."""
         return self._points[self._free], np.flatnonzero(self._free).tolist()
 
-    def near(self, points: np.ndarray, used: Iterable[Mapping[str, Any]]) -> tuple[np.ndarray, list[int]]:
+    def near(self, points: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Points and tickets of the unused candidates nearest to ``points``, shape (n, dims), without repetition.
         ``used`` does not matter: what warm starts made of a candidate is not in the table."""
         free, tickets = self.unused()
@@ -80,6 +80,6 @@ def supply(
     return SpaceSupply(config_space, seed) if candidates is None else TableSupply(config_space, candidates, seed)
 
 
-def _key(point: np.ndarray) -> bytes:
-    """Equal for points that are equal up to rounding errors of the encoding."""
-    return np.round(point, 9).tobytes()
+def _keys(points: np.ndarray) -> list[bytes]:
+    """One for each row, equal for rows that are equal up to rounding errors of the encoding."""
+    return [row.tobytes() for row in np.round(points, 9)]
