@@ -169,3 +169,29 @@ def prepare_without_data(settings: dict, device: str) -> None:
 
 def prepare_broken(settings: dict, device: str) -> None:
     raise ZeroDivisionError
+
+
+def timed(ctx: TrialContext) -> None:
+    """Reports 1 ... config["epochs"]; epoch e costs config["seconds"] * factor(e), slept if config["sleep"] says so."""
+    state = ctx.load() or {"epoch": 0}
+    first = True
+    while state["epoch"] < min(ctx.config["epochs"], ctx.config.get("returns_at", 100)):
+        if ctx.should_stop():
+            return
+        epoch = state["epoch"] = state["epoch"] + 1
+        seconds = ctx.config["seconds"] * ctx.config.get("later", 1.0) ** (epoch - 1)
+        time.sleep(seconds if ctx.config.get("sleep") else 0)
+        if epoch == ctx.config.get("fails_at"):
+            error = TrialFailed(f"failed at {epoch}")
+            error.details = {"busy": {"train": seconds}}  # type: ignore[attr-defined]
+            raise error
+        if epoch == ctx.config.get("breaks_at"):
+            raise KeyError("a bug")
+        if epoch == ctx.config.get("dies_at") and ctx.attempt.endswith("0001"):
+            os.kill(os.getpid(), 9)
+        startup = (1.0 if epoch == 1 else 0.25) if first else 0.0
+        busy = (
+            {"startup": startup, "train": seconds, "checkpoint": 0.5} if ctx.config.get("kinds") else {"train": seconds}
+        )
+        ctx.save(state, report={"epoch": epoch, "loss": ctx.config["x"] / epoch, "busy": busy})
+        first = False
