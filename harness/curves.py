@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backends.function_backend import threads_per_worker
+from backends.gpus import default_n_workers
 from harness.sweep import Cell, deciding
 
 TRIAL_MODULE = "harness.trial"
@@ -15,17 +17,19 @@ OHGW_PACKAGE = "harness.ohgw"
 
 
 def curve_identity(cell: Cell) -> dict[str, Any]:
-    """Task, warm start and code of a cell's trials; with configuration and seed, all that their reports depend on.
+    """Task, warm start, code and CPU threads of a cell's trials: with configuration and seed, all that their reports
+    depend on on one machine.
 
     Scheduler, budget, workers and the target are not part of it, nor are the machine and the version of torch, which
     the store notes beside a curve: a table recorded on a GPU can be replayed on a laptop.
     """
-    parts = deciding(cell.config)
+    parts, backend = deciding(cell.config), cell.config["backend"]
     warm = parts["ohgw"]["estimator"] != "off"
     return {
         "task": parts["task"],
         "ohgw": parts["ohgw"],
         "code": code_version(parts["task"]["_target_"], warm),
+        "threads": backend["threads"] or threads_per_worker(backend["processes"] or default_n_workers()),
     }
 
 

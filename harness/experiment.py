@@ -98,7 +98,7 @@ def _attempt(
     virtual = backend.clock if isinstance(backend, SimulatedBackend) else None
     log, trials = EventLog(paths.events), _TrialsLog(paths, events)
     decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
-    opened = {"run": run, "commit": meta["commit"]} | ({} if virtual else {"time": meta["time"]})
+    opened = {"run": run} | ({} if virtual else {"time": meta["time"], "commit": meta["commit"]})
 
     def recorded(event: dict[str, Any]) -> None:
         trials.event(event)
