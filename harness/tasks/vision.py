@@ -88,14 +88,25 @@ def augment(images: Tensor, draws: Tensor, magnitude: float | Tensor) -> Tensor:
     al. pad). draws: (n, N_DRAWS). magnitude: in [0, 1]; a 0-d tensor if its gradient is wanted. Without
     crop and flip, magnitude 0 is the identity up to rounding.
     """
+    theta, contrast, brightness = transforms(draws, magnitude, images.shape[-1])
+    return retouched(images, F.affine_grid(theta, list(images.shape), align_corners=False), contrast, brightness)
+
+
+def transforms(draws: Tensor, magnitude: float | Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``augment`` at one magnitude or one per image, (n, 1): affine maps (n, 2, 3) and the draws of contrast and
+    brightness times the magnitude, (n,). ``size``: of the images, in pixels."""
     rotation, scaling, x, y, contrast, brightness = (magnitude * draws[:, :SCALED]).unbind(1)
     crop_x, crop_y, mirror = draws[:, SCALED:].unbind(1)
     angle, scale = MAX_ROTATION * rotation, 1 + MAX_SCALING * scaling
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    x = 2 * (MAX_TRANSLATION * x + crop_x / images.shape[-1])  # grid_sample's image is 2 wide
-    y = 2 * (MAX_TRANSLATION * y + crop_y / images.shape[-1])
+    x = 2 * (MAX_TRANSLATION * x + crop_x / size)  # grid_sample's image is 2 wide
+    y = 2 * (MAX_TRANSLATION * y + crop_y / size)
     theta = torch.stack([mirror * cos, -sin, x, mirror * sin, cos, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return theta, contrast, brightness
+
+
+def retouched(images: Tensor, grid: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:
+    """Of ``augment``: the images at the points of ``grid`` (n, size, size, 2), with other contrast and brightness."""
     moved = F.grid_sample(images, grid, align_corners=False)
     return moved * (1 + MAX_CONTRAST * contrast).view(-1, 1, 1, 1) + (MAX_BRIGHTNESS * brightness).view(-1, 1, 1, 1)
 
@@ -170,6 +181,26 @@ class ImageTask:
             _, channels, size, _ = self.parts["train"].images.shape
             net = models.build(self.model, channels, size, self.classes)
         return net.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def epoch_draws(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """What the trial of ``seed`` draws for the epoch after ``epoch``, on the device: the training images in their
+        order, without the last incomplete batch, shape (n,), and their augmentation draws (n, N_DRAWS)."""
+        generator = torch.Generator().manual_seed(torch_seed(seed, "batches", epoch))
+        n = self.steps_per_epoch * self.batch_size
+        order = torch.randperm(len(self.parts["train"]), generator=generator)[:n]
+        generator.manual_seed(torch_seed(seed, "augmentation", epoch))
+        return order.to(self.device), draw(n, generator, self.crop, self.flip).to(self.device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.parts["train"]) // self.batch_size
+
+    def lr_factor(self, epoch: int, step: int) -> float:
+        """Share of the learning rate at batch ``step`` of the epoch after ``epoch``: 1 if the schedule is constant,
+        else a half cosine that is 0 at ``max_epochs``."""
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (epoch + step / self.steps_per_epoch) / self.max_epochs))
 
     def normalised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return (images.to(dtype) - self.mean.to(dtype)) / self.std.to(dtype)
@@ -359,13 +390,8 @@ class ImageRun:
     def _batches(self) -> Any:
         """The batches of the coming epoch, augmented many at a time."""
         task = self.task
-        generator = torch.Generator().manual_seed(torch_seed(self.seed, "batches", self.epoch))
-        part = task.parts["train"]
-        n = len(part) // task.batch_size * task.batch_size
-        order = torch.randperm(len(part), generator=generator)[:n].to(task.device)
-        generator.manual_seed(torch_seed(self.seed, "augmentation", self.epoch))
-        draws = draw(n, generator, task.crop, task.flip).to(task.device)
-        chunk = max(1, CHUNK // (part.images[0].numel() * task.batch_size)) * task.batch_size
+        order, draws = task.epoch_draws(self.seed, self.epoch)
+        chunk = max(1, CHUNK // (task.parts["train"].images[0].numel() * task.batch_size)) * task.batch_size
         for chosen, chosen_draws in zip(order.split(chunk), draws.split(chunk), strict=True):
             plain = self._plain("train", chosen)
             images = _channels_last(augment(plain.images, chosen_draws, self.config["augmentation"]))
@@ -377,12 +403,8 @@ class ImageRun:
         return Batch(self.task.normalised(data.images[chosen], dtype), data.labels[chosen])
 
     def _schedule(self, step: int) -> None:
-        """Set the learning rate of batch ``step`` of this epoch: constant, or a half cosine to 0 at ``max_epochs``."""
-        if self.task.schedule == "constant":
-            return
-        steps = len(self.task.parts["train"]) // self.task.batch_size
-        progress = (self.epoch + step / steps) / self.task.max_epochs
-        self.optimizer.lr = self.config["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        """Set the learning rate of batch ``step`` of this epoch."""
+        self.optimizer.lr = self.config["lr"] * self.task.lr_factor(self.epoch, step)
 
 
 def autocast_dtype(precision: str, device: torch.device, mixed: bool) -> torch.dtype | None:
