@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,17 +94,21 @@ class DeepKernelGP(torch.nn.Module):
         constraint = gpytorch.constraints.GreaterThan(NOISE_FLOOR)
         self.likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=constraint)
         self.likelihood.noise = NOISE_START
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+        self.moments: dict[str, Any] = {}  # Adam's state; an optimiser object would not go through dill
 
     def fit(self, rows: Rows, targets: np.ndarray, steps: int) -> None:
         """``steps`` of Adam, full batch, from where the previous fit ended. ``targets``: shape (n,), n >= 2.
         Raises one of ``FIT_ERRORS``; the model is of no use then."""
         inputs, y = self.inputs(rows), self.tensor(targets)
+        optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+        if self.moments:
+            optimizer.load_state_dict(self.moments)
         self.train()
         for _ in range(steps):
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             self.backward(inputs, y)
-            self.optimizer.step()
+            optimizer.step()
+        self.moments = optimizer.state_dict()
         with torch.no_grad():
             self.extractor(*inputs)  # BatchNorm: statistics under the last step's weights
         self.eval()
