@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.pool import WorkerPool
-from harness.experiment import PREPARE_FUNCTION, run_cell, trial_settings
+from harness.experiment import PREPARE_FUNCTION, Shared, run_cell, trial_settings
 from harness.provenance import provenance
 from harness.record import CellPaths
 from harness.sweep import Cell, make_plan
@@ -41,9 +41,9 @@ def main() -> None:
               f"{time.perf_counter() - begun - ready:.2f} s for the data")  # fmt: skip
         rows: dict[str, list[dict[str, float]]] = {"pool": [], "local": []}
         for seed in range(options.repeats):
-            rows["pool"].append(_measure(_cell("pool", seed, options), pool, options.workers))
+            rows["pool"].append(_measure(_cell("pool", seed, options), Shared(lambda: pool), options.workers))
             if not options.skip_local:
-                rows["local"].append(_measure(_cell("local", seed, options), None, options.workers))
+                rows["local"].append(_measure(_cell("local", seed, options), Shared(lambda: pool), options.workers))
     for backend, measured in rows.items():
         if measured:
             _print(backend, measured)
@@ -57,10 +57,10 @@ def _cell(backend: str, seed: int, options: argparse.Namespace) -> Cell:
     return make_plan([*words, f"budget.trials={options.trials}", f"n_workers={options.workers}"]).cells[0]
 
 
-def _measure(cell: Cell, pool: WorkerPool | None, workers: int) -> dict[str, float]:
+def _measure(cell: Cell, shared: Shared, workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         paths = CellPaths(Path(folder), "bench", cell.folder)
-        summary: dict[str, Any] = run_cell(cell, paths, pool, provenance([], []))
+        summary: dict[str, Any] = run_cell(cell, paths, shared, provenance([], []))
     busy = summary["busy"]
     floor = sum(busy[kind] for kind in TRAINING) / workers
     work = sum(busy[kind] for kind in TRIAL_WORK) / workers
