@@ -19,11 +19,11 @@ with warnings.catch_warnings():  # linear_operator uses torch.jit, which torch h
     from gpytorch.mlls import ExactMarginalLogLikelihood
     from gpytorch.models import ExactGP
     from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior
-    from gpytorch.utils.errors import NanError, NotPSDError
+    from linear_operator.utils.errors import NanError, NotPSDError
 
 DTYPE = torch.float64
 NOISE_FLOOR = 1e-4  # of the targets' variance: keeps factors of near duplicates stable
-FIRST, WARM = 50, 8  # L-BFGS iterations from the initial hyperparameters, and from those of the fit before
+FIRST, WARM = 50, 5  # L-BFGS iterations from the initial hyperparameters, and from those of the fit before
 
 
 class NoFit(ValueError):
@@ -105,26 +105,41 @@ class CurveGP(ExactGP):
     def forward(self, x: Tensor) -> MultivariateNormal:
         return MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
+    def hyperparameters(self) -> np.ndarray:
+        """All of them, as GPyTorch stores them (unconstrained), shape (number,)."""
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters()]).numpy()
+
+    @torch.no_grad()
+    def load(self, hyperparameters: np.ndarray) -> "CurveGP":
+        start = 0
+        for p in self.parameters():
+            part = hyperparameters[start : start + p.numel()]
+            p.copy_(torch.as_tensor(part, dtype=DTYPE).reshape(p.shape))
+            start += p.numel()
+        return self
+
 
 def fit(inputs: np.ndarray, targets: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
     """Hyperparameters that maximise the exact marginal likelihood with its priors, by L-BFGS-B on GPyTorch's
     gradients, shape (number of hyperparameters,). ``inputs``: shape (n, dims + 1); ``targets``: shape (n,), z-scored;
     ``start``: those of an earlier fit. Raises NoFit and what GPyTorch raises for singular matrices."""
+    if not (np.isfinite(inputs).all() and np.isfinite(targets).all()):
+        raise NoFit("inputs or targets are not finite")
     x, y = torch.as_tensor(inputs, dtype=DTYPE), torch.as_tensor(targets, dtype=DTYPE)
     model = CurveGP(x, y).train()
     if start is not None:
-        _set(model, start)
+        model.load(start)
     likelihood, parameters = ExactMarginalLogLikelihood(model.likelihood, model), list(model.parameters())
 
     def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        _set(model, vector)
+        model.load(vector)
         value = -likelihood(model(x), y)
         gradient = torch.autograd.grad(value, parameters)
         return value.item(), torch.cat([g.reshape(-1) for g in gradient]).numpy()
 
     iterations = FIRST if start is None else WARM
     # Only the best of the values that were computed counts, convergence does not.
-    found = minimize(loss, _get(model), jac=True, method="L-BFGS-B", options={"maxiter": iterations}).x
+    found = minimize(loss, model.hyperparameters(), jac=True, method="L-BFGS-B", options={"maxiter": iterations}).x
     if not np.isfinite(found).all():
         raise NoFit("the fitted hyperparameters are not finite")
     return found
@@ -146,8 +161,7 @@ class Posterior:
     def of(cls, inputs: np.ndarray, targets: np.ndarray, hyperparameters: np.ndarray) -> "Posterior":
         """Raises NoFit if the covariance is singular or anything is not finite."""
         x, y = torch.as_tensor(inputs, dtype=DTYPE), torch.as_tensor(targets, dtype=DTYPE)
-        model = CurveGP(x, y)
-        _set(model, hyperparameters)
+        model = CurveGP(x, y).load(hyperparameters)
         factor = _cholesky(_covariance(model, x, x) + model.likelihood.noise * torch.eye(len(x), dtype=DTYPE))
         weights = torch.linalg.solve_triangular(factor, (y - model.mean_module(x))[:, None], upper=False)
         return cls(model, x, factor, _finite(weights))
@@ -202,15 +216,3 @@ def _finite(values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
         raise NoFit("the posterior is not finite")
     return values
-
-
-def _get(model: CurveGP) -> np.ndarray:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
-
-
-@torch.no_grad()
-def _set(model: CurveGP, vector: np.ndarray) -> None:
-    start = 0
-    for p in model.parameters():
-        p.copy_(torch.as_tensor(vector[start : start + p.numel()], dtype=DTYPE).reshape(p.shape))
-        start += p.numel()
