@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from backends.context import UserError
 from harness.tasks import models
-from harness.tasks.vision import CHECK_EVERY, DEFAULTS, EVALUATION_BATCH, ImageTask, retouched, transforms
+from harness.tasks.vision import CHECK_EVERY, DEFAULTS, ImageTask, retouched, transforms
 
 MEMORY = 1 << 30  # bytes a chunk may take unless told otherwise
-LARGEST_CHUNK = 64  # beyond it nothing is gained, and the stacked weights leave the processor's cache
+LARGEST_CHUNK = 128  # beyond it nothing is gained, and the stacked weights leave the processor's cache
+EVALUATED = 1 << 19  # numbers in the images, times configurations, evaluated at once, for the same reason
 STATES = 4  # numbers kept per weight: itself, its gradient, its momentum and its change
 
 
@@ -52,7 +53,7 @@ def train_batched(
     """Train every configuration with its seed (``backends.context.trial_seed``) for ``epochs`` epochs; yields them in
     order, chunk by chunk.
 
-    ``chunk``: how many at once; None: as many as fit in ``memory`` bytes by ``bytes_per_configuration``, 64 at most.
+    ``chunk``: how many at once; None: as many as fit in ``memory`` bytes by ``bytes_per_configuration``, 128 at most.
     Errors: UserError for a task in mixed precision; ValueError if there are not as many seeds as configurations.
     """
     if task.autocast is not None:
@@ -68,8 +69,9 @@ def train_batched(
 
 
 def bytes_per_configuration(task: ImageTask) -> int:
-    """Estimate of what one more configuration takes: its weights ``STATES`` times, what the backward pass keeps for a
-    batch (counted on one, twice for the gradients), the outputs of an evaluation batch and the augmented images."""
+    """Estimate of what one more configuration takes in training: its weights ``STATES`` times, what the backward pass
+    keeps of a batch (counted on one, twice for the gradients), and the batch's images, plain and augmented with their
+    grids of points. (Evaluation, of as many images at once whatever the chunk, is not counted.)"""
     net, n = task.network(0), task.batch_size
     images = task.normalised(task.parts["train"].images[:n])
     kept: dict[int, int] = {}
@@ -82,8 +84,7 @@ def bytes_per_configuration(task: ImageTask) -> int:
         net(images)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     activations = sum(kept.values())
-    largest = max(2 * activations, activations * EVALUATION_BATCH // n)
-    return STATES * weights + largest + 3 * images[0].numel() * images.element_size() * n
+    return STATES * weights + 2 * activations + 4 * images.numel() * images.element_size()
 
 
 @dataclass
@@ -103,6 +104,19 @@ class Hyperparameters:
         names = ("lr", "wd", "momentum", "augmentation", "label_smoothing")
         values = {name: like.new_tensor([float(config[name]) for config in full]) for name in names}
         return cls(**values, nesterov=like.new_tensor([config["nesterov"] for config in full], dtype=torch.bool))
+
+
+def is_mlp(net: nn.Module) -> bool:
+    """Whether it flattens the images and is otherwise nothing but linear layers with biases and ReLU."""
+    first, *others = net.children()
+    return (
+        isinstance(net, nn.Sequential)
+        and isinstance(first, nn.Flatten)
+        and all(
+            isinstance(module, nn.ReLU) or (isinstance(module, nn.Linear) and module.bias is not None)
+            for module in others
+        )
+    )
 
 
 class Stack:
@@ -129,10 +143,24 @@ class Stack:
         """Logits (configurations, n, classes) of ``images``, which are (configurations, n, ...) if each has its ``own``
         and (n, ...) if all share them. In training, BatchNorm's statistics are updated in place."""
 
+        if is_mlp(self.net):
+            return self._mlp(images)
+
         def one(weights: dict[str, Tensor], statistics: dict[str, Tensor], batch: Tensor) -> Tensor:
             return functional_call(self.net, (weights, statistics), (batch,))
 
         return vmap(one, in_dims=(0, 0, 0 if own else None))(self.weights, self.statistics, images)
+
+    def _mlp(self, images: Tensor) -> Tensor:
+        """``forward`` of a plain stack of linear layers, whose operations are so small that ``vmap`` would cost as much
+        as they do."""
+        x = images.flatten(-3).expand(len(self.seeds), -1, -1)
+        for name, module in self.net.named_children():
+            if isinstance(module, nn.Linear):
+                x = torch.baddbmm(self.weights[f"{name}.bias"].unsqueeze(1), x, self.weights[f"{name}.weight"].mT)
+            elif isinstance(module, nn.ReLU):
+                x = x.relu()
+        return x
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
         """Losses (configurations, steps) and the shares of right answers (configurations,), float32."""
@@ -157,9 +185,8 @@ class Stack:
         self.net.eval()
         n = len(self.seeds)
         loss, correct = torch.zeros(n, device=task.device), torch.zeros(n, device=task.device)
-        for images, labels in zip(
-            data.images.split(EVALUATION_BATCH), data.labels.split(EVALUATION_BATCH), strict=True
-        ):
+        size = max(1, EVALUATED // (n * data.images[0].numel()))
+        for images, labels in zip(data.images.split(size), data.labels.split(size), strict=True):
             logits, own_labels = self.forward(task.normalised(images), own=False), labels.expand(n, -1)
             loss += F.cross_entropy(logits.float().movedim(2, 1), own_labels, reduction="none").sum(1)
             correct += (logits.argmax(2) == labels).sum(1)
@@ -173,7 +200,7 @@ class Stack:
         order, draws = (torch.stack(side).split(task.batch_size, dim=1) for side in zip(*pairs, strict=True))
         magnitude = self.hyper.augmentation.repeat_interleave(task.batch_size).unsqueeze(1)
         for chosen, drawn in zip(order, draws, strict=True):
-            plain = task.normalised(part.images[chosen.flatten()])
+            plain = task.normalised(part.images.index_select(0, chosen.flatten()))
             images = augment_many(plain, drawn.flatten(0, 1), magnitude)
             yield images.view(*chosen.shape, *plain.shape[1:]), part.labels[chosen]
 
@@ -212,8 +239,8 @@ def augment_many(images: Tensor, draws: Tensor, magnitude: Tensor) -> Tensor:
 
 def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     """Mean cross-entropy of each configuration: logits (c, n, classes), labels (c, n), smoothing and result (c,)."""
-    log_p = F.log_softmax(logits, dim=2)
-    plain = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+    log_p = F.log_softmax(logits.movedim(2, 1), dim=1)  # a softmax over the last dimension of 10 costs three times this
+    plain = F.nll_loss(log_p, labels, reduction="none").mean(1)
     smoothed = (1 - smoothing) * plain - smoothing * log_p.mean((1, 2))
     return torch.where(smoothing > 0, smoothed, plain)
 
