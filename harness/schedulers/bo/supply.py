@@ -10,7 +10,9 @@ import numpy as np
 
 from harness.schedulers.bo.encoding import Encoder
 from harness.schedulers.sampler import CandidateSampler, RandomSampler
-from harness.space import Space
+from harness.space import Categorical, Domain, Integer, Space
+
+FINE = 10_000  # values of an integer from which on it is as good as continuous
 
 
 class SpaceSupply:
@@ -19,23 +21,26 @@ class SpaceSupply:
     def __init__(self, config_space: Mapping[str, Any], seed: int):
         self._sampler = RandomSampler(config_space, seed)
         self.encoder = Encoder(self._sampler.space)
+        self._grids = [_grid(name, domain) for name, domain in self._sampler.space.domains.items()]
         self._given: set[bytes] = set()
 
     def random(self) -> dict[str, Any]:
-        return self.give(self._sampler.suggest())
+        config = self._sampler.suggest()
+        self._given.update(_keys(self.encoder.encode_all([config])))
+        return config
 
-    def near(self, points: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    def near(self, points: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """The configurations nearest to ``points``, shape (n, dims), without those given and those at ``used``, shape
         (m, dims) (what warm starts made of them): their points, shape (at most n, dims), and their tickets."""
         taken = self._given | set(_keys(used))
-        configs = [self.encoder.decode(point) for point in points]
-        rounded = self.encoder.encode_all(configs)
-        unused = [k for k, key in enumerate(_keys(rounded)) if key not in taken]
-        return rounded[unused], [configs[k] for k in unused]
+        blocks = np.split(points, np.cumsum(self.encoder.widths)[:-1], axis=1)
+        snapped = np.concatenate([_snap(b, g) for b, g in zip(blocks, self._grids, strict=True)], axis=1)
+        unused = snapped[[key not in taken for key in _keys(snapped)]]
+        return unused, list(unused)
 
-    def give(self, ticket: dict[str, Any]) -> dict[str, Any]:
-        self._given.update(_keys(self.encoder.encode_all([ticket])))
-        return ticket
+    def give(self, ticket: np.ndarray) -> dict[str, Any]:
+        self._given.update(_keys(ticket[None, :]))
+        return self.encoder.decode(ticket)
 
 
 class TableSupply:
@@ -71,6 +76,28 @@ class TableSupply:
     def give(self, ticket: int) -> dict[str, Any]:
         self._free[ticket] = False
         return dict(self._candidates[ticket])
+
+
+def _grid(name: str, domain: Domain) -> np.ndarray | None:
+    """The coordinates, ascending, of all values of a hyperparameter that has one discrete coordinate; None for others,
+    and for integers of so many values that two rarely meet."""
+    values: Sequence[Any]
+    if isinstance(domain, Integer) and domain.upper - domain.lower < FINE:
+        values = range(domain.lower, domain.upper + 1)
+    elif isinstance(domain, Categorical) and (domain.ordered or len(domain.choices) == 1):
+        values = domain.choices
+    else:
+        return None
+    return Encoder(Space({name: domain})).encode_all({name: value} for value in values)[:, 0]
+
+
+def _snap(block: np.ndarray, grid: np.ndarray | None) -> np.ndarray:
+    """The coordinates of one hyperparameter, shape (n, width), moved to the nearest that a value has."""
+    if block.shape[1] > 1:
+        return np.eye(block.shape[1])[block.argmax(axis=1)]
+    if grid is None:
+        return block
+    return grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, block)]
 
 
 def supply(
