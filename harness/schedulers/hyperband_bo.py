@@ -35,7 +35,7 @@ class HyperbandBO(Hyperband):
 
     *Data.* The values at rung levels (``rung_values``), in unit coordinates, with (r - 1/2) / max_t as the resource; of
     more than 500 those of the trials that went furthest. Targets are the normal scores of their ranks, not z-scored
-    values: recorded losses reach 1e18, and even clipped they left the process useless on two of three recorded tables.
+    values: recorded losses reach 1e18, and clipping them first left a larger regret on two of three recorded tables.
     A diverged or failed trial ties for the worst rank at the level that it did not reach: the process must learn where
     training breaks, and a rank tells no more than that it does.
 
