@@ -1,7 +1,7 @@
 """BOIL (Nguyen, Schulze, Osborne, "Bayesian Optimization for Iterative Learning", NeurIPS 2020)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision, TrialSuggestion
 
 from harness.schedulers.base import BaseScheduler, Job, Mode, Origin
 from harness.schedulers.bo.encoding import Encoder
+from harness.schedulers.bo.supply import TableSupply
 from harness.schedulers.bo.threads import one_thread
 from harness.seeds import rng
 from harness.space import Space
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from harness.schedulers.bo.cost_acquisition import Acquisition, CostModel
     from harness.schedulers.bo.curve_gp import CurveGP, Hyperparameters, Observations
 
+MIN_SHARE = 0.4  # of max_t: the shortest training; in the authors' experiments 200 of 500, 300 of 800, 60 of 130
 INITIAL_TRIALS = 3  # random, to max_t
 MAX_POINTS = 500  # real and virtual: keeps a decision below a few seconds
 CANDIDATE_LEVELS = 20  # numbers of epochs at which a table's candidates are scored
@@ -49,8 +51,8 @@ class BOIL(BaseScheduler[Job]):
     standardised over all points.
 
     *Failures.* A trial that failed, reported a value that is not finite, or ended without a report scores 0, the least
-    possible, at the epoch it was meant for, and gets no virtual points. One that ended by itself before its epoch counts
-    up to where it came.
+    possible, at the epoch it was meant for, and gets no virtual points. One that ended by itself before its epoch
+    counts up to where it came.
 
     *Workers.* An evaluation that is pending enters with the posterior mean as its value and its epochs as its cost.
 
@@ -82,8 +84,8 @@ class BOIL(BaseScheduler[Job]):
             max_resource_attr=max_resource_attr, seed=seed,
         )  # fmt: skip
         self.encoder = Encoder(Space.from_config_space(config_space))
-        self.candidates = candidates
-        self._left = [] if candidates is None else rng(seed, "candidates").permutation(len(candidates)).tolist()
+        self.min_t = max(1, math.ceil(MIN_SHARE * max_t))
+        self._table = None if candidates is None else TableSupply(config_space, candidates, seed)
         self._suggested: list[tuple[dict[str, Any], int]] = []
         self._ended: dict[int, int] = {}  # trial -> epochs it was meant for, in the order of their ends
         self._virtual: dict[int, list[int]] = {}  # trial -> epochs
@@ -93,9 +95,9 @@ class BOIL(BaseScheduler[Job]):
 
     def suggest(self) -> TrialSuggestion | None:
         """A new trial; None if the candidates are used up."""
-        if self.candidates is not None and not self._left:
-            return None
         config, milestone, origin = self._choose()
+        if config is None:
+            return None
         self._suggested.append((config, milestone))
         self._pending, self.origin = Job(milestone), origin
         return TrialSuggestion.start_suggestion(self._with_milestone(config, milestone))
@@ -106,7 +108,7 @@ class BOIL(BaseScheduler[Job]):
     def leave(self, trial_id: int, job: Job) -> None:
         self._ended[trial_id] = job.milestone
 
-    def _choose(self) -> tuple[dict[str, Any], int, Origin]:
+    def _choose(self) -> tuple[dict[str, Any] | None, int, Origin]:
         if sum(self._has_score(trial_id) for trial_id in self._ended) < INITIAL_TRIALS:
             return self._random(None)
         with one_thread():
@@ -115,16 +117,12 @@ class BOIL(BaseScheduler[Job]):
                 return self._random(failure)
             try:
                 config, milestone = self._best(self._model)
-            except (RuntimeError, ValueError) as error:  # torch's, GPyTorch's and FitError
+            except (RuntimeError, ValueError) as error:  # torch's and GPyTorch's, and FitError
                 return self._random(failure or _describe(error))
         return config, milestone, Origin("model" if failure is None else "last_model", failure)
 
-    def _random(self, failure: str | None) -> tuple[dict[str, Any], int, Origin]:
-        if self.candidates is None:
-            config = self.searcher.suggest()
-            assert config is not None  # of a RandomSampler
-        else:
-            config = dict(self.candidates[self._left.pop(0)])
+    def _random(self, failure: str | None) -> tuple[dict[str, Any] | None, int, Origin]:
+        config = self.searcher.suggest() if self._table is None else self._table.random()
         return config, self.max_t, Origin("random", failure)
 
     def _update(self) -> str | None:
@@ -159,7 +157,7 @@ class BOIL(BaseScheduler[Job]):
         """Place the virtual points of the trials that ended since the last time, in the order of their ends."""
         import torch
 
-        from harness.schedulers.bo.curve_gp import CurveGP, virtual_epochs
+        from harness.schedulers.bo.curve_gp import CurveGP, virtual_points
 
         trials = list(self._ended)
         for k, trial_id in enumerate(trials):
@@ -167,7 +165,8 @@ class BOIL(BaseScheduler[Job]):
                 inputs = self._inputs(self._points(trials[: k + 1]))
                 gp = CurveGP(inputs, torch.zeros(len(inputs), dtype=torch.float64), hyperparameters)
                 x = torch.from_numpy(self.encoder.encode(self.configs[trial_id]))
-                self._virtual[trial_id] = virtual_epochs(gp, x, sorted(self.curves[trial_id]), self.max_t)
+                epochs = self._epochs_in_range(trial_id)
+                self._virtual[trial_id] = [epochs[k] for k in virtual_points(gp, x, self._unit_time(epochs))]
 
     def _points(self, trials: Sequence[int]) -> list[tuple[int, int]]:
         """(trial, epoch) of the points of some of the ended trials: the real ones, then the virtual ones, each from the
@@ -206,23 +205,33 @@ class BOIL(BaseScheduler[Job]):
         return np.where(reported, scaled, 0.0), reported | ~scored
 
     def _has_score(self, trial_id: int) -> bool:
-        curve = self.curves.get(trial_id)
-        return bool(curve) and trial_id not in self.failed and all(math.isfinite(value) for value in curve.values())
+        values = self.curves.get(trial_id, {}).values()
+        return len(values) > 0 and trial_id not in self.failed and all(math.isfinite(value) for value in values)
+
+    def _epochs_in_range(self, trial_id: int) -> list[int]:
+        """The last report of a trial with a score, and those before it that are not earlier than t = 0."""
+        last = self._last_epoch(trial_id)
+        return sorted(epoch for epoch in self.curves[trial_id] if epoch >= self.min_t or epoch == last)
 
     def _last_epoch(self, trial_id: int) -> int:
         return max(self.curves[trial_id]) if self._has_score(trial_id) else self._ended[trial_id]
 
     def _inputs(self, points: Sequence[tuple[int, int]]) -> "Tensor":
         """Points of the unit cube of (x, t), shape (points, dims + 1), of configurations in the books."""
-        return self._joined((self.configs[trial_id] for trial_id, _ in points), [epoch for _, epoch in points])
+        x = self.encoder.encode_all(self.configs[trial_id] for trial_id, _ in points)
+        return self._joined(x, [epoch for _, epoch in points])
 
-    def _joined(self, configs: Iterable[Mapping[str, Any]], epochs: Sequence[int]) -> "Tensor":
+    def _joined(self, x: np.ndarray, epochs: Sequence[int]) -> "Tensor":
         import torch
 
-        from harness.schedulers.bo.curve_gp import unit_time
+        return torch.cat([torch.from_numpy(x), self._unit_time(epochs)[:, None]], dim=1)
 
-        x, t = torch.from_numpy(self.encoder.encode_all(configs)), unit_time(torch.tensor(epochs), self.max_t)
-        return torch.cat([x, t[:, None]], dim=1)
+    def _unit_time(self, epochs: Sequence[int]) -> "Tensor":
+        """Epochs as t: min_t is 0 and max_t is 1. A trial that ended before min_t has t < 0."""
+        import torch
+
+        share = (torch.tensor(epochs, dtype=torch.float64) - self.min_t) / max(self.max_t - self.min_t, 1)
+        return share if self.max_t > self.min_t else share + 1
 
     def _incumbent(self, gp: "CurveGP") -> "Tensor":
         """The greatest posterior mean: of the candidates (and the data), or of the box, climbed to from its best points
@@ -231,22 +240,21 @@ class BOIL(BaseScheduler[Job]):
 
         from harness.schedulers.bo.cost_acquisition import ascend, evaluate
 
+        if self._table is not None:
+            return evaluate(gp.mean, torch.cat([gp.inputs, self._candidate_points(self._table)[0]])).max()
         points = torch.cat([gp.inputs, self._uniform("incumbent").flatten(0, 1)])
-        if self.candidates is not None:
-            points = torch.cat([gp.inputs, self._candidate_points("incumbent")[0]])
         means = evaluate(gp.mean, points)
-        if self.candidates is None:
-            tops = points[means.topk(self._dims).indices]
-            means = torch.cat([means, evaluate(gp.mean, ascend(gp.mean, tops))])
+        tops = points[means.topk(self._dims).indices]
+        means = torch.cat([means, evaluate(gp.mean, ascend(gp.mean, tops))])
         return means.max()
 
-    def _best(self, model: Model) -> tuple[dict[str, Any], int]:
+    def _best(self, model: Model) -> tuple[dict[str, Any] | None, int]:
         """The configuration and the epochs that maximise the acquisition function."""
         from harness.schedulers.bo.cost_acquisition import Acquisition
 
         gp = model.gp.with_pending(self._inputs([(trial_id, job.milestone) for trial_id, job in self.running.items()]))
         acquisition = Acquisition(gp, model.cost, model.incumbent)
-        return self._best_in_box(acquisition) if self.candidates is None else self._best_candidate(acquisition)
+        return self._best_in_box(acquisition) if self._table is None else self._best_candidate(acquisition, self._table)
 
     def _best_in_box(self, acquisition: "Acquisition") -> tuple[dict[str, Any], int]:
         """As published: 3 d starts, each the best of 100 d uniform points, climb by L-BFGS-B. What they arrive at, and
@@ -260,33 +268,34 @@ class BOIL(BaseScheduler[Job]):
         starts = scan[torch.arange(len(scan)), best]
         ends = torch.cat([ascend(acquisition, starts), starts]).numpy()
         configs = [self.encoder.decode(point[:-1]) for point in ends]
-        epochs = [round(1 + float(point[-1]) * (self.max_t - 1)) for point in ends]
-        values = finite(evaluate(acquisition, self._joined(configs, epochs)))
+        epochs = [round(self.min_t + float(point[-1]) * (self.max_t - self.min_t)) for point in ends]
+        values = finite(evaluate(acquisition, self._joined(self.encoder.encode_all(configs), epochs)))
         order = values.argsort(descending=True, stable=True).tolist()
         known = self._known()
         new = (k for k in order if known.get(self._key(configs[k]), 0) < epochs[k])
         k = next(new, order[0])  # a small space may have nothing new
         return configs[k], epochs[k]
 
-    def _best_candidate(self, acquisition: "Acquisition") -> tuple[dict[str, Any], int]:
+    def _best_candidate(self, acquisition: "Acquisition", table: TableSupply) -> tuple[dict[str, Any] | None, int]:
+        """Of the unused candidates; no configuration if there are none."""
         from harness.schedulers.bo.cost_acquisition import evaluate
 
-        points, indices, epochs = self._candidate_points("acquisition")
+        points, tickets, epochs = self._candidate_points(table)
+        if not tickets:
+            return None, self.max_t
         k = int(finite(evaluate(acquisition, points)).argmax())
-        index = indices[k // len(epochs)]
-        self._left.remove(index)
-        return dict(self.candidates[index]), epochs[k % len(epochs)]
+        return table.give(tickets[k // len(epochs)]), epochs[k % len(epochs)]
 
-    def _candidate_points(self, purpose: str) -> tuple["Tensor", list[int], list[int]]:
-        """Unused candidates at ``CANDIDATE_LEVELS`` epochs: points (candidates * levels, dims + 1), candidates and
-        levels. No more than the box would have uniform points: of more candidates a random share."""
-        levels = sorted({round(r) for r in np.linspace(1, self.max_t, min(self.max_t, CANDIDATE_LEVELS))})
+    def _candidate_points(self, table: TableSupply) -> tuple["Tensor", list[int], list[int]]:
+        """Unused candidates at ``CANDIDATE_LEVELS`` epochs: points (candidates * levels, dims + 1), tickets and levels.
+        No more than the box would have uniform points: of more candidates a random share."""
+        levels = sorted({round(r) for r in np.linspace(self.min_t, self.max_t, CANDIDATE_LEVELS)})
+        x, tickets = table.unused()
         most = max(1, 300 * self._dims**2 // len(levels))
-        indices = self._left
-        if len(indices) > most:
-            indices = [indices[k] for k in self._rng(purpose).permutation(len(indices))[:most]]
-        configs = [self.candidates[index] for index in indices for _ in levels]
-        return self._joined(configs, levels * len(indices)), indices, levels
+        if len(tickets) > most:
+            share = self._rng("candidates").permutation(len(tickets))[:most]
+            x, tickets = x[share], [tickets[k] for k in share]
+        return self._joined(x.repeat(len(levels), axis=0), levels * len(tickets)), tickets, levels
 
     def _uniform(self, purpose: str) -> "Tensor":
         """Uniform points of the unit cube of (x, t), shape (3 d, 100 d, dims + 1), d hyperparameters and t; of an

@@ -25,7 +25,7 @@ NOISE = 5e-4  # variance, of standardised scores; fixed
 VIRTUAL_POINTS = 10  # of a trial that trained to max_t; of a shorter one in proportion
 MAX_LOG_CONDITION = 15.0
 MIN_STD = 1.5e-3
-GRID = 100  # epochs that may become virtual points: of a curve with more, so many, evenly spread
+GRID = 100  # reports that may become virtual points: of a curve with more, so many, evenly spread
 FIT_TRIES = 20  # random starting points for the hyperparameters
 FIT_EVALUATIONS = 40  # of likelihood and gradient; four parameters settle in 10 to 25
 
@@ -64,11 +64,6 @@ class Observations:
     epoch: Tensor
 
 
-def unit_time(epoch: Tensor, max_t: int) -> Tensor:
-    """Epochs in [1, max_t] scaled to [0, 1]."""
-    return (epoch.double() - 1) / (max_t - 1) if max_t > 1 else torch.ones(epoch.shape, dtype=torch.float64)
-
-
 def curve_scores(observations: Observations, midpoint: Tensor, growth: Tensor) -> Tensor:
     """The score of each point, shape (points,): the mean of curve times sigmoid over the curve's last part.
 
@@ -100,11 +95,11 @@ def product_kernel(dims: int, hyperparameters: Hyperparameters) -> Kernel:
     The raw parameters are the lengthscales themselves: L-BFGS-B keeps them in their bounds.
     """
     factors = []
-    for l, (low, high), columns in (
+    for scale, (low, high), columns in (
         (hyperparameters.l_x, BOUNDS[0], tuple(range(dims))),
         (hyperparameters.l_t, BOUNDS[1], (dims,)),
     ):
-        bounds = Interval(math.sqrt(low / 2), math.sqrt(high / 2), transform=None, initial_value=math.sqrt(l / 2))
+        bounds = Interval(math.sqrt(low / 2), math.sqrt(high / 2), transform=None, initial_value=math.sqrt(scale / 2))
         factors.append(RBFKernel(active_dims=columns, lengthscale_constraint=bounds))
     return (factors[0] * factors[1]).double()
 
@@ -134,26 +129,24 @@ class NegativeLogLikelihood:
         self._gp.train()
         self._mll = gpytorch.mlls.ExactMarginalLogLikelihood(self._gp.likelihood, self._gp)
 
-    def value(self, hyperparameters: Sequence[float]) -> Tensor:
+    def value(self, hyperparameters: Sequence[float] | np.ndarray) -> Tensor:
         """A scalar; ``hyperparameters`` in the order of ``BOUNDS``."""
         return self._loss(hyperparameters)[0]
 
     def gradient(self, hyperparameters: np.ndarray) -> tuple[float, np.ndarray]:
         """Value and gradient, shape (4,), for SciPy."""
         loss, leaves = self._loss(hyperparameters)
-        by_lengthscale_x, by_lengthscale_t, by_midpoint, by_growth = (
-            g.sum() for g in torch.autograd.grad(loss, leaves)
-        )
+        by_x, by_t, by_midpoint, by_growth = (g.sum() for g in torch.autograd.grad(loss, leaves))
         # lengthscale = sqrt(l / 2), so its derivative by l is 1 / (4 lengthscale)
-        by_l_x, by_l_t = by_lengthscale_x / (4 * leaves[0].sum()), by_lengthscale_t / (4 * leaves[1].sum())
-        return loss.item(), torch.stack([by_l_x, by_l_t, by_midpoint, by_growth]).detach().numpy()
+        by_x, by_t = by_x / (4 * leaves[0].detach().sum()), by_t / (4 * leaves[1].detach().sum())
+        return loss.item(), torch.stack([by_x, by_t, by_midpoint, by_growth]).numpy()
 
     def _loss(self, hyperparameters: Sequence[float] | np.ndarray) -> tuple[Tensor, list[Tensor]]:
         l_x, l_t, midpoint, growth = (float(h) for h in hyperparameters)
         lengthscales = [kernel.raw_lengthscale for kernel in self._gp.covar_module.kernels]
         with torch.no_grad():
-            for lengthscale, l in zip(lengthscales, (l_x, l_t), strict=True):
-                lengthscale.fill_(math.sqrt(l / 2))
+            for lengthscale, scale in zip(lengthscales, (l_x, l_t), strict=True):
+                lengthscale.fill_(math.sqrt(scale / 2))
         sigmoid = [torch.tensor(h, dtype=torch.float64, requires_grad=True) for h in (midpoint, growth)]
         targets = standardised(curve_scores(self._observations, *sigmoid))
         self._gp.set_train_data(self._inputs, targets, strict=False)
@@ -225,39 +218,41 @@ class CurveGP:
         return 2 * math.log(eigenvalues[0] / eigenvalues[-1])
 
 
-def virtual_epochs(gp: CurveGP, x: Tensor, epochs: Sequence[int], max_t: int) -> list[int]:
-    """Where a trial's curve gets virtual points: epochs of greatest posterior uncertainty at ``x`` (dims,).
+def virtual_points(gp: CurveGP, x: Tensor, times: Tensor) -> list[int]:
+    """Where a trial's curve gets virtual points: those of its reports at which the model is least certain.
 
-    ``gp``: given all points so far, among them ``x`` at the last of ``epochs`` (ascending, from 1): those the trial has
-    reported. At most int(10 t) points, t the last epoch in [0, 1]; none more once the condition number's logarithm
-    exceeds ``MAX_LOG_CONDITION``, the greatest standard deviation is below ``MIN_STD`` (without noise; with it, as in
-    the authors' code, it never would be) or an epoch repeats (algorithm 1 and section 3.3).
+    ``times``: ascending (reports,), when ``x`` (dims,) has reported, as t in [0, 1]; ``gp``: given all points so far,
+    among them (x, times[-1]). Returns indices of ``times``, ascending: at most int(10 times[-1]) of the greatest
+    posterior standard deviation, none more once the logarithm of the condition number exceeds ``MAX_LOG_CONDITION``,
+    that deviation is below ``MIN_STD`` (without noise; with it, as in the authors' code, it never is) or a time repeats
+    (section 3.3 and algorithm 1).
 
-    The authors maximise over real numbers t and cut the curve at the next lower epoch; here t is one of the epochs.
-    They also stop at once if the first t is that of any other trial's point, which at t = 0 is most of the time.
+    The authors maximise over real numbers t and cut the curve at the next lower epoch. Their code also stops at once if
+    the first t is that of any point of any trial, which t = 0 mostly is: so only the first trial gets virtual points.
     """
-    grid = list(epochs)
-    if len(grid) > GRID:
-        grid = [grid[k] for k in np.linspace(0, len(grid) - 1, GRID).round().astype(int)]
-    times = unit_time(torch.tensor(grid), max_t)
-    covariance = gp.covariance(torch.cat([x.expand(len(grid), -1), times[:, None]], dim=1))
+    grid = np.linspace(0, len(times) - 1, min(len(times), GRID)).round().astype(int).tolist()
+    covariance = gp.covariance(_at(x, times[grid]))
     chosen: list[int] = []
     for _ in range(int(VIRTUAL_POINTS * times[-1].item())):
         variances = covariance.diagonal()
         k = int(variances.argmax())
         if variances[k] < MIN_STD**2 or grid[k] in (grid[-1], *chosen):
             break
-        points = torch.cat([x.expand(len(chosen), -1), unit_time(torch.tensor(chosen), max_t)[:, None]], dim=1)
-        if _log_condition(gp, points) > MAX_LOG_CONDITION:
+        if log_condition(gp, _at(x, times[chosen])) > MAX_LOG_CONDITION:
             break
         chosen.append(grid[k])
         covariance = covariance - torch.outer(covariance[:, k], covariance[:, k]) / (variances[k] + NOISE)
     return sorted(chosen)
 
 
-def _log_condition(gp: CurveGP, points: Tensor) -> float:
-    """Of ``gp`` given ``points`` too. The eigenvalues lie between the noise and noise plus number of points; as long as
-    these bounds are close enough they are the answer (they are up to some 1600 points)."""
+def _at(x: Tensor, times: Tensor) -> Tensor:
+    return torch.cat([x.expand(len(times), -1), times[:, None]], dim=1)
+
+
+def log_condition(gp: CurveGP, points: Tensor) -> float:
+    """Natural logarithm of the condition number of the covariance matrix, noise included, of ``gp`` given ``points``
+    too. The eigenvalues lie between the noise and the noise plus the number of points: while these bounds are close
+    enough (up to some 1600 points), they are the answer."""
     size = len(gp.inputs) + len(points)
     bound = math.log1p(size / NOISE)
     return bound if bound <= MAX_LOG_CONDITION else gp.with_pending(points).log_condition()
