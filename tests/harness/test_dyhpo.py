@@ -484,11 +484,11 @@ def test_another_process_decides_the_same_and_loads_torch_only_when_needed():
         "import harness.schedulers.bo.deep_kernel_gp\n"
         "from tests.harness.test_dyhpo import *\n"
         "import harness.schedulers.dyhpo as d; d.FIRST_STEPS, d.WARM_STEPS, d.POOL_SIZE = 20, 2, 128\n"
-        "print(Loop(make(), workers=4).run(25).decisions())\n"
+        "print(Loop(make(), workers=4).run(12).decisions())\n"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(Loop(make(), workers=4).run(25).decisions())
+    assert done.stdout.strip() == str(Loop(make(), workers=4).run(12).decisions())
     assert "Warning" not in done.stderr
 
 
