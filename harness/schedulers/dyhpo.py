@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from harness.schedulers.bo.deep_kernel_gp import DeepKernelGP, Rows
 
 POOL_SIZE = 1024  # about the size of the tables DyHPO was made for; a power of 2 keeps the Sobol set balanced
-FIRST_STEPS, WARM_STEPS = 200, 5  # published: 1000 for each of the first 10 fits, then 50; 10 are no better than 5
+FIRST_STEPS, WARM_STEPS = 200, 5  # published: 1000 for each of the first 10 fits, then 50; 5 keep a decision short
 MAX_ROWS = 500  # observations in a fit, whose time grows with their cube
 
 
