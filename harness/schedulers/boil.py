@@ -9,11 +9,9 @@ import numpy as np
 from syne_tune.optimizer.scheduler import SchedulerDecision, TrialSuggestion
 
 from harness.schedulers.base import BaseScheduler, Job, Mode, Origin
-from harness.schedulers.bo.encoding import Encoder
-from harness.schedulers.bo.supply import TableSupply
+from harness.schedulers.bo.supply import SpaceSupply, TableSupply
 from harness.schedulers.bo.threads import one_thread
 from harness.seeds import rng
-from harness.space import Space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 MIN_SHARE = 0.4  # of max_t: the shortest training; in the authors' experiments 200 of 500, 300 of 800, 60 of 130
 INITIAL_TRIALS = 3  # random, to max_t
 MAX_POINTS = 500  # real and virtual: keeps a decision below a few seconds
+BEST_SCANNED = 100  # of the uniform points, that may be chosen themselves: a small space has little to climb
 CANDIDATE_LEVELS = 20  # numbers of epochs at which a table's candidates are scored
 SPREAD = 3.0  # see ``unit_scale``
 
@@ -83,7 +82,8 @@ class BOIL(BaseScheduler[Job]):
             config_space, metric, mode=mode, max_t=max_t, resource_attr=resource_attr,
             max_resource_attr=max_resource_attr, seed=seed,
         )  # fmt: skip
-        self.encoder = Encoder(Space.from_config_space(config_space))
+        self._box = SpaceSupply(config_space, seed)
+        self.encoder = self._box.encoder
         self.min_t = max(1, math.ceil(MIN_SHARE * max_t))
         self._table = None if candidates is None else TableSupply(config_space, candidates, seed)
         self._suggested: list[tuple[dict[str, Any], int]] = []
@@ -258,23 +258,28 @@ class BOIL(BaseScheduler[Job]):
 
     def _best_in_box(self, acquisition: "Acquisition") -> tuple[dict[str, Any], int]:
         """As published: 3 d starts, each the best of 100 d uniform points, climb by L-BFGS-B. What they arrive at, and
-        the starts, are rounded to configurations and whole epochs, and the best of these that is new is taken."""
+        the best uniform points, are rounded to configurations and whole epochs; the best of these that is new (the same
+        configuration for more epochs is) is taken."""
         import torch
 
         from harness.schedulers.bo.cost_acquisition import ascend, evaluate
 
         scan = self._uniform("acquisition")
-        best = evaluate(acquisition, scan.flatten(0, 1)).view(scan.shape[:2]).argmax(dim=1)
-        starts = scan[torch.arange(len(scan)), best]
-        ends = torch.cat([ascend(acquisition, starts), starts]).numpy()
-        configs = [self.encoder.decode(point[:-1]) for point in ends]
-        epochs = [round(self.min_t + float(point[-1]) * (self.max_t - self.min_t)) for point in ends]
-        values = finite(evaluate(acquisition, self._joined(self.encoder.encode_all(configs), epochs)))
-        order = values.argsort(descending=True, stable=True).tolist()
+        values = finite(evaluate(acquisition, scan.flatten(0, 1)))
+        starts = scan[torch.arange(len(scan)), values.view(scan.shape[:2]).argmax(dim=1)]
+        best = scan.flatten(0, 1)[values.topk(BEST_SCANNED).indices]
+        ends = torch.cat([ascend(acquisition, starts), best]).numpy()
+        x = self._snapped(ends[:, :-1])
+        epochs = [round(self.min_t + t * (self.max_t - self.min_t)) for t in ends[:, -1].tolist()]
+        order = finite(evaluate(acquisition, self._joined(x, epochs))).argsort(descending=True, stable=True).tolist()
         known = self._known()
-        new = (k for k in order if known.get(self._key(configs[k]), 0) < epochs[k])
+        new = (k for k in order if known.get(_key(x[k]), 0) < epochs[k])
         k = next(new, order[0])  # a small space may have nothing new
-        return configs[k], epochs[k]
+        return self.encoder.decode(x[k]), epochs[k]
+
+    def _snapped(self, x: np.ndarray) -> np.ndarray:
+        """Points of the cube, shape (n, dims), moved to those of the nearest configurations."""
+        return self._box.near(x, np.zeros((0, self.encoder.dims)))[0]
 
     def _best_candidate(self, acquisition: "Acquisition", table: TableSupply) -> tuple[dict[str, Any] | None, int]:
         """Of the unused candidates; no configuration if there are none."""
@@ -298,31 +303,24 @@ class BOIL(BaseScheduler[Job]):
         return self._joined(x.repeat(len(levels), axis=0), levels * len(tickets)), tickets, levels
 
     def _uniform(self, purpose: str) -> "Tensor":
-        """Uniform points of the unit cube of (x, t), shape (3 d, 100 d, dims + 1), d hyperparameters and t; of an
-        unordered categorical one choice is 1, the others 0."""
+        """Uniform points of the unit cube of (x, t), with x that of a configuration: shape (3 d, 100 d, dims + 1) for d
+        hyperparameters and t."""
         import torch
 
-        points = self._rng(purpose).random((3 * self._dims, 100 * self._dims, self.encoder.dims + 1))
-        start = 0
-        for width in self.encoder.widths:
-            if width > 1:
-                block = points[..., start : start + width]
-                points[..., start : start + width] = np.eye(width)[block.argmax(axis=-1)]
-            start += width
-        return torch.from_numpy(points)
+        shape = (3 * self._dims, 100 * self._dims, self.encoder.dims + 1)
+        points = self._rng(purpose).random((shape[0] * shape[1], shape[2]))
+        points[:, :-1] = self._snapped(points[:, :-1])
+        return torch.from_numpy(points.reshape(shape))
 
     def _known(self) -> dict[bytes, int]:
         """Encoded configuration -> most epochs that it was trained for, or is being: as suggested (x), and as in the
         books (x')."""
-        known: dict[bytes, int] = {}
         booked = [*self._ended.items(), *((trial_id, job.milestone) for trial_id, job in self.running.items())]
-        for config, epochs in [*self._suggested, *((self.configs[trial_id], epochs) for trial_id, epochs in booked)]:
-            key = self._key(config)
-            known[key] = max(epochs, known.get(key, 0))
+        asked = [*self._suggested, *((self.configs[trial_id], epochs) for trial_id, epochs in booked)]
+        known: dict[bytes, int] = {}
+        for x, (_, epochs) in zip(self.encoder.encode_all(config for config, _ in asked), asked, strict=True):
+            known[_key(x)] = max(epochs, known.get(_key(x), 0))
         return known
-
-    def _key(self, config: Mapping[str, Any]) -> bytes:
-        return self.encoder.encode(config).tobytes()
 
     @property
     def _dims(self) -> int:
@@ -355,6 +353,11 @@ def finite(values: "Tensor") -> "Tensor":
     if not values.isfinite().all():
         raise FitError("the acquisition function is not finite")
     return values
+
+
+def _key(x: np.ndarray) -> bytes:
+    """Of a point of the cube; equal for points that are equal up to rounding errors of the encoding."""
+    return np.round(x, 9).tobytes()
 
 
 def _describe(error: Exception) -> str:
