@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from harness.schedulers.bo.deep_kernel_gp import DeepKernelGP, Rows
 
 POOL_SIZE = 1024  # about the size of the tables DyHPO was made for; a power of 2 keeps the Sobol set balanced
-FIRST_STEPS, WARM_STEPS = 200, 5  # published: 1000 for each of the first 10 fits, then 50; 5 keep a decision short
+FIRST_STEPS, WARM_STEPS = 200, 8  # published: 1000 for each of the first 10 fits, then 50; 8 keep a decision short
 MAX_ROWS = 500  # observations in a fit, whose time grows with their cube
 
 
@@ -189,6 +189,8 @@ class DyHPO(BaseScheduler[Job]):
     ):
         """``candidates``: the only configurations to be tried, each at most once (None: the whole space). The rest as
         in ``BaseScheduler``."""
+        from harness.schedulers.bo import deep_kernel_gp  # noqa: F401  # seconds that no decision should take
+
         super().__init__(
             config_space, metric, mode=mode, max_t=max_t, resource_attr=resource_attr,
             max_resource_attr=max_resource_attr, seed=seed,

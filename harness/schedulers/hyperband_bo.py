@@ -69,6 +69,8 @@ class HyperbandBO(Hyperband):
     ):
         """``candidates``: new configurations come from this list only, each at most once. The rest as in
         ``Hyperband``."""
+        from harness.schedulers.bo import resource_gp  # noqa: F401  # seconds that no decision should take
+
         super().__init__(
             config_space, metric, mode=mode, max_t=max_t, resource_attr=resource_attr,
             max_resource_attr=max_resource_attr, grace_period=grace_period, eta=eta, brackets=brackets, seed=seed,

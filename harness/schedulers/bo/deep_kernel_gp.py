@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.experimental.symbolic_shapes  # GPyTorch's first kernel would import it, in the middle of a decision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # torch.jit's, while gpytorch is imported

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.experimental.symbolic_shapes  # GPyTorch's first kernel would import it, in the middle of a decision
 from scipy.optimize import minimize
 from torch import Tensor
 
