@@ -11,18 +11,20 @@ from syne_tune.config_space import loguniform, uniform
 from syne_tune.constants import ST_WORKER_TIMESTAMP
 from syne_tune.tuner_callback import TunerCallback
 
-from harness.schedulers import ASHA, PASHA, Hyperband, RandomSearch
+from harness.ohgw import OHGW
+from harness.schedulers import ASHA, BOHB, BOIL, PASHA, DyHPO, Hyperband, HyperbandBO, RandomSearch
 
 SPACE = {"lr": loguniform(1e-3, 1), "momentum": uniform(0, 0.99)}
 
 
 class InstantBackend(TrialBackend):
     """Each poll trains every running trial for one epoch. A trial ends by itself at ``config["epochs"]`` or
-    ``ends_at``; trials in ``failing`` raise after their first epoch."""
+    ``ends_at``; trials in ``failing`` raise after their first epoch; with ``warm`` momentum becomes 0.5 in all."""
 
-    def __init__(self, failing=(), ends_at=27):
+    def __init__(self, failing=(), ends_at=27, warm=False):
         super().__init__()
         self.failing, self.ends_at, self.clock, self.resumed = set(failing), ends_at, 0, 0
+        self.warm = warm
 
     def _all_trial_results(self, trial_ids):
         trials = [self._trial_dict[trial_id] for trial_id in trial_ids]
@@ -37,7 +39,10 @@ class InstantBackend(TrialBackend):
             trial.status = Status.failed
             return
         loss = abs(trial.config["lr"] - 0.1) + 1 / epoch
-        trial.metrics.append({"epoch": epoch, "loss": loss, ST_WORKER_TIMESTAMP: self.clock})
+        report = {"epoch": epoch, "loss": loss, ST_WORKER_TIMESTAMP: self.clock}
+        if self.warm and epoch == 1:
+            report["warm_start"] = {"x": dict(trial.config), "x_prime": {**trial.config, "momentum": 0.5}}
+        trial.metrics.append(report)
         if epoch >= min(trial.config["epochs"], self.ends_at):
             trial.status = Status.completed
             trial.training_end_time = datetime.now()
@@ -72,14 +77,14 @@ class Decisions(TunerCallback):
         self.seen.append((trial.trial_id, result["epoch"], decision))
 
 
-def tune(scheduler, backend, trials=40):
+def tune(scheduler, backend, trials=40, n_workers=4):
     """Run the Tuner until so many trials have started; returns (trial, epoch, decision) of each report."""
     decisions = Decisions()
     Tuner(
         trial_backend=backend,
         scheduler=scheduler,
         stop_criterion=StoppingCriterion(max_num_trials_started=trials),
-        n_workers=4,
+        n_workers=n_workers,
         sleep_time=0,
         max_failures=100,
         callbacks=[decisions],
@@ -106,6 +111,10 @@ def make(maker, **changes):
         (PASHA, {}, True),
         (Hyperband, {}, True),
         (RandomSearch, {}, False),
+        (HyperbandBO, {}, True),
+        (BOHB, {}, True),
+        (DyHPO, {}, True),
+        (BOIL, {}, False),
     ],
 )
 def test_tuner_runs_every_scheduler(maker, changes, resumes):
@@ -119,7 +128,19 @@ def test_tuner_runs_every_scheduler(maker, changes, resumes):
         assert epochs == list(range(1, len(epochs) + 1))
 
 
-@pytest.mark.parametrize("maker", [ASHA, PASHA, Hyperband, RandomSearch])
+@pytest.mark.parametrize("maker", [HyperbandBO, BOHB, DyHPO, BOIL])
+def test_many_workers_and_warm_starts(maker):
+    """64 workers, reports that carry a warm start: every model learns on x'."""
+    scheduler = make(maker)
+    backend = InstantBackend(warm=True)
+    tune(OHGW(scheduler), backend, trials=100, n_workers=64)
+    assert len(backend.trial_ids) >= 100
+    reported = [k for k in backend.trial_ids if backend._trial_dict[k].metrics and k in scheduler.curves]
+    assert len(reported) >= 64
+    assert all(scheduler.configs[k]["momentum"] == 0.5 for k in reported)
+
+
+@pytest.mark.parametrize("maker", [ASHA, PASHA, Hyperband, RandomSearch, HyperbandBO, BOHB, DyHPO, BOIL])
 def test_tuner_survives_trials_that_end_before_their_milestone(maker):
     backend = InstantBackend(ends_at=2)
     tune(make(maker), backend)
