@@ -78,6 +78,8 @@ class BOIL(BaseScheduler[Job]):
     ):
         """Arguments as in ``BaseScheduler``; ``candidates``: the only configurations there are, each used once (the
         unused ones are all scored, at ``CANDIDATE_LEVELS`` numbers of epochs)."""
+        from harness.schedulers.bo import cost_acquisition  # noqa: F401  # seconds that no decision should take
+
         super().__init__(
             config_space, metric, mode=mode, max_t=max_t, resource_attr=resource_attr,
             max_resource_attr=max_resource_attr, seed=seed,

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
+import torch.fx.experimental.symbolic_shapes  # GPyTorch's first kernel would import it, in the middle of a decision
 from scipy.optimize import fmin_l_bfgs_b
 from torch import Tensor
 
