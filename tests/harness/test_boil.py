@@ -216,6 +216,22 @@ def test_gradient_of_the_likelihood():
         assert gradient[k] == pytest.approx(numeric, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_scores_have_a_finite_gradient(value):
+    data = observations()
+    data = replace(data, curves=torch.full_like(data.curves, value), epoch=torch.full_like(data.epoch, 12))
+    data = replace(data, inputs=torch.rand(12, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    fitted = curve_gp.fit(data, Hyperparameters(), rng(0, "test"))
+    assert all(low <= h <= high for h, (low, high) in zip(astuple(fitted), BOUNDS, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_fit(monkeypatch):
+    loss = curve_gp.NegativeLogLikelihood(observations())
+    monkeypatch.setattr(curve_gp, "standardised", lambda scores: scores * math.nan)
+    with pytest.raises(FitError):
+        loss.gradient(np.array([0.1, 0.4, 0.3, 1.1]))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_hyperparameters_stay_in_their_bounds_and_get_better(seed):
     data, start = observations(trials=6, seed=seed), Hyperparameters()
@@ -490,6 +506,18 @@ def test_all_trials_diverge(value):
 
 def test_equal_values_everywhere():
     loop = Loop(make(), curve=lambda config, epoch: 1.0).run(80)
+    assert all(origin.failure is None for origin in loop.origins)
+
+
+def test_only_diverged_and_hopeless_trials_at_first():
+    """Until the fifth trial all curves lie at the lower end of the scale, or fail."""
+    seen: list[float] = []
+
+    def curve(config, epoch):
+        seen.append(config["a"])
+        return bowl(config, epoch) if len(set(seen)) > 5 else (math.nan if len(set(seen)) % 2 else 1e9 + epoch)
+
+    loop = Loop(make(), curve=curve).run(110)
     assert all(origin.failure is None for origin in loop.origins)
 
 

@@ -99,6 +99,29 @@ def test_driver_killed_mid_cell_then_the_same_command(how, tmp_path, start_harne
     check_complete(finished)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["dyhpo", "hyperband_bo", "bohb", "boil"])
+def test_a_model_based_cell_goes_on_with_the_same_decisions(scheduler, tmp_path, start_harness, harness):
+    """Its models are fitted again to what was recorded, and have to decide as they did."""
+    words = [f"scheduler={scheduler}", "ohgw=normalized", "task.model=mlp", "budget.epochs=90", "task.max_epochs=9"]
+    process = start_harness(*words)
+
+    def by_model() -> bool:
+        found = cells(tmp_path) if (tmp_path / "results" / "default").exists() else []
+        starts = [e for c in found for e in read_lines(c / "events.jsonl") if e["e"] == "start"]
+        return sum(e["origin"]["by"] == "model" for e in starts) >= 3
+
+    wait_for(by_model)
+    process.kill()
+    process.communicate()
+    done = harness(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing" in done.stdout
+    assert "set aside" not in done.stdout
+    (cell,) = cells(tmp_path)
+    check_complete(cell, epochs=90)
+
+
 def test_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path, start_harness):
     process = start_harness(*SMALL)
     cell = wait_for(lambda: in_second_cell(tmp_path))

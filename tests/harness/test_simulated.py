@@ -127,6 +127,33 @@ def test_two_commands_share_one_store(tmp_path, start_harness, harness):
     assert same_events(tmp_path, "mine", "other")
 
 
+def test_a_fit_that_fails_is_in_the_record_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from harness.runner import run_sweep
+    from harness.schedulers.bo import resource_gp
+
+    fit, calls = resource_gp.fit, []
+
+    def sometimes(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.linalg.LinAlgError("the input matrix is singular")
+        return fit(*arguments)
+
+    monkeypatch.setattr(resource_gp, "fit", sometimes)
+    plan = make_plan([*SMALL, "scheduler=hyperband_bo", "ohgw=off", f"results_dir={tmp_path / 'results'}"])
+    assert run_sweep(plan) == 0
+    (cell,) = cells(tmp_path).values()
+    origins = [e["origin"] for e in read_lines(cell / "events.jsonl") if e["e"] == "start"]
+    assert [origin["by"] for origin in origins[:7]] == ["random"] * 6 + ["model"]
+    failed = [origin for origin in origins if "failure" in origin]
+    assert failed
+    assert all(origin["by"] == "last_model" and "singular" in origin["failure"] for origin in failed)
+    assert json.loads((cell / "summary.json").read_text())["model_failures"] == len(failed)
+    assert f"{len(failed)} model fits failed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

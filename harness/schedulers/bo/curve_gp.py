@@ -86,8 +86,9 @@ def _running_sum(rows: Tensor) -> Tensor:
 
 
 def standardised(scores: Tensor) -> Tensor:
+    """To mean 0 and variance 1; equal scores to zeros, with a finite gradient."""
     centred = scores - scores.mean()
-    return centred / centred.square().mean().sqrt().clamp_min(1e-12)  # of equal scores: zeros
+    return centred / centred.square().mean().clamp_min(1e-24).sqrt()
 
 
 def product_kernel(dims: int, hyperparameters: Hyperparameters) -> Kernel:
@@ -135,12 +136,16 @@ class NegativeLogLikelihood:
         return self._loss(hyperparameters)[0]
 
     def gradient(self, hyperparameters: np.ndarray) -> tuple[float, np.ndarray]:
-        """Value and gradient, shape (4,), for SciPy."""
+        """Value and gradient, shape (4,), for SciPy, whose steps they must not lead out of the numbers: FitError if one
+        is not finite."""
         loss, leaves = self._loss(hyperparameters)
         by_x, by_t, by_midpoint, by_growth = (g.sum() for g in torch.autograd.grad(loss, leaves))
         # lengthscale = sqrt(l / 2), so its derivative by l is 1 / (4 lengthscale)
         by_x, by_t = by_x / (4 * leaves[0].detach().sum()), by_t / (4 * leaves[1].detach().sum())
-        return loss.item(), torch.stack([by_x, by_t, by_midpoint, by_growth]).numpy()
+        gradient = torch.stack([by_x, by_t, by_midpoint, by_growth])
+        if not (loss.isfinite() and gradient.isfinite().all()):
+            raise FitError("the marginal likelihood or its gradient is not finite")
+        return loss.item(), gradient.numpy()
 
     def _loss(self, hyperparameters: Sequence[float] | np.ndarray) -> tuple[Tensor, list[Tensor]]:
         l_x, l_t, midpoint, growth = (float(h) for h in hyperparameters)
@@ -165,9 +170,7 @@ def fit(observations: Observations, start: Hyperparameters, rng: np.random.Gener
     if not np.isfinite(losses).any():
         raise FitError("the marginal likelihood is nowhere finite")
     best = tries[int(np.nanargmin(losses))]
-    best, value, _ = fmin_l_bfgs_b(loss.gradient, best, bounds=BOUNDS, maxfun=FIT_EVALUATIONS)
-    if not (math.isfinite(value) and np.isfinite(best).all()):
-        raise FitError("the marginal likelihood left the finite numbers")
+    best, _, _ = fmin_l_bfgs_b(loss.gradient, best, bounds=BOUNDS, maxfun=FIT_EVALUATIONS)
     return Hyperparameters(*np.clip(best, low, high).tolist())
 
 
