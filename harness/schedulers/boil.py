@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 MIN_SHARE = 0.4  # of max_t: the shortest training; in the authors' experiments 200 of 500, 300 of 800, 60 of 130
 INITIAL_TRIALS = 3  # random, to max_t
-MAX_POINTS = 500  # real and virtual: keeps a decision below a few seconds
+MAX_POINTS = 500  # real and virtual: a decision takes 0.3 s at 200, and 0.7 s at 500 (one thread, five dimensions)
 BEST_SCANNED = 100  # of the uniform points, that may be chosen themselves: a small space has little to climb
 CANDIDATE_LEVELS = 20  # numbers of epochs at which a table's candidates are scored
-SPREAD = 3.0  # see ``unit_scale``
+SPREAD = 3.0  # see ``unit_scale``; 1 and 20 were as good on the development tables
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,13 @@ class BOIL(BaseScheduler[Job]):
 
     The model is a GP of curve scores (``bo/curve_gp.py``), the choice that of the greatest expected improvement per
     predicted cost (``bo/cost_acquisition.py``); a cost is a number of epochs, the only one that reports are sure to
-    tell. Three random trials to ``max_t`` come first; until three have ended, others like them.
+    tell. Three random trials to ``max_t`` come first; until three have ended with a score, others like them.
+
+    t = 0 is ``MIN_SHARE`` of ``max_t``, as in all of the authors' experiments. With t = 0 at one epoch the method, to
+    whose zero mean all of an unexplored region looks equally good, spends hundreds of trials there.
+
+    The configuration that is trained is the rounded one, and that is what enters the model. One that is known is chosen
+    again only to train for more epochs; with ``candidates`` never.
 
     *Scores.* Curves are turned so that more is better and scaled to [0, 1] (``unit_scale``) before the sigmoid weighs
     them: a score is a weighted mean, and with values below zero the least trained would look best. Scores are then
@@ -198,7 +204,7 @@ class BOIL(BaseScheduler[Job]):
         values = np.full((len(trials), self.max_t), np.nan)
         for row, trial_id in enumerate(trials):
             if self._has_score(trial_id):
-                for epoch, value in self.curves[trial_id].items():
+                for epoch, value in self._curve(trial_id).items():
                     values[row, epoch - 1] = value if self.mode == "max" else -value
         low, high = unit_scale(values)
         scaled = np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.ones_like(values)
@@ -207,16 +213,20 @@ class BOIL(BaseScheduler[Job]):
         return np.where(reported, scaled, 0.0), reported | ~scored
 
     def _has_score(self, trial_id: int) -> bool:
-        values = self.curves.get(trial_id, {}).values()
+        values = self._curve(trial_id).values()
         return len(values) > 0 and trial_id not in self.failed and all(math.isfinite(value) for value in values)
+
+    def _curve(self, trial_id: int) -> dict[int, float]:
+        """Value by epoch; what lies beyond ``max_t`` (a trial may report in steps) is left out."""
+        return {epoch: value for epoch, value in self.curves.get(trial_id, {}).items() if 1 <= epoch <= self.max_t}
+
+    def _last_epoch(self, trial_id: int) -> int:
+        return max(self._curve(trial_id)) if self._has_score(trial_id) else self._ended[trial_id]
 
     def _epochs_in_range(self, trial_id: int) -> list[int]:
         """The last report of a trial with a score, and those before it that are not earlier than t = 0."""
-        last = self._last_epoch(trial_id)
-        return sorted(epoch for epoch in self.curves[trial_id] if epoch >= self.min_t or epoch == last)
-
-    def _last_epoch(self, trial_id: int) -> int:
-        return max(self.curves[trial_id]) if self._has_score(trial_id) else self._ended[trial_id]
+        curve = self._curve(trial_id)
+        return sorted(epoch for epoch in curve if epoch >= self.min_t or epoch == max(curve))
 
     def _inputs(self, points: Sequence[tuple[int, int]]) -> "Tensor":
         """Points of the unit cube of (x, t), shape (points, dims + 1), of configurations in the books."""
