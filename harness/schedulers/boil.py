@@ -335,6 +335,11 @@ class BOIL(BaseScheduler[Job]):
         return known
 
     @property
+    def observations(self) -> int:
+        """Points of the model, real and virtual; those of the newest trials are placed by the next ``suggest``."""
+        return len(self._points(list(self._ended)))
+
+    @property
     def _dims(self) -> int:
         """The method's d: hyperparameters and t."""
         return len(self.encoder.space) + 1
