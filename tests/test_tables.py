@@ -31,6 +31,7 @@ def curves(path: Path) -> dict[str, list[dict[str, Any]]]:
                 for key, _, rows in store.export()}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_recorded_table_is_what_live_trials_would_have_reported(tmp_path, script, harness):
     done = script("record_table.py", "--configs", "9", "--sample", "2", "--chunk", "5", *TASK)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -90,6 +90,7 @@ def test_time_is_the_sum_of_what_the_reports_cost(tmp_path, harness):
     assert summary["decision_seconds"]["suggest"] == pytest.approx(sum(line["suggest"] for line in lines))
 
 
+@pytest.mark.slow
 def test_charged_decisions_take_virtual_time(tmp_path, harness):
     words = [*SMALL, "scheduler=asha", "ohgw=off"]
     assert harness(*words, "name=free").returncode == 0
@@ -100,7 +101,7 @@ def test_charged_decisions_take_virtual_time(tmp_path, harness):
     assert 0.0 < starts[1][0] < starts[1][1] < starts[1][2] < starts[1][3]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_cell_comes_out_the_same(how, tmp_path, start_harness, harness):
     words = [*SMALL, "scheduler=asha", "ohgw=normalized", "seed=0..1"]
     process = start_harness(*words)
@@ -119,6 +120,7 @@ def test_an_interrupted_cell_comes_out_the_same(how, tmp_path, start_harness, ha
     assert same_events(tmp_path, "default", "fresh")
 
 
+@pytest.mark.slow
 def test_two_commands_share_one_store(tmp_path, start_harness, harness):
     words = [*SMALL, "scheduler=asha", "ohgw=off", "seed=0..2"]
     other = start_harness(*words, "name=other")
