@@ -37,6 +37,13 @@ def test_bench_sweep(environment):
 
 
 @pytest.mark.slow
+def test_bench_simulator(environment):
+    output = run("bench_simulator.py", "--cells", "2", "--epochs", "40", environment=environment)
+    assert "Syne Tune's simulator" in output
+    assert "cells a minute" in output
+
+
+@pytest.mark.slow
 def test_bench_trial_start(environment):
     output = run("bench_trial_start.py", "--trials", "1", environment=environment)
     assert "local / pool" in output
