@@ -104,7 +104,7 @@ def resolve(dotted: str) -> Callable[..., Any]:
 class Outcome:
     """How a call ended; ``reason`` is empty if it returned."""
 
-    kind: str  # returned | failed (expected) | memory | error
+    kind: str  # returned | failed (expected, by the configuration) | environment (data, disk) | memory | error
     reason: str = ""
     details: dict[str, Any] = field(default_factory=dict)  # the exception's own ``details``, JSON-able
 
@@ -116,7 +116,7 @@ def call(function: Callable[[], Any]) -> Outcome:
     except TrialFailed as error:
         return Outcome("failed", str(error), _details(error))
     except UserError as error:
-        return Outcome("failed", str(error), _details(error))
+        return Outcome("environment", str(error), _details(error))
     except BaseException as error:  # a trial's sys.exit() must not end the worker
         reason = traceback.format_exc()
         return Outcome("memory" if is_out_of_memory(error) else "error", reason, _details(error))

@@ -6,13 +6,14 @@ configuration, seed, code version). Rows are written once and never change: whoe
 gets the first measurement. Each curve may have a checkpoint, from which a further row can be trained; checkpoints are
 dropped, least recently used first, when all together exceed the limit (the rows stay).
 
-A row is committed as it is written, so a kill loses none; a power cut may lose the last ones, never the file.
+A row is committed as it is written, so a kill loses none; a power cut may lose the last ones, never the file. Rows are
+not limited (a hundred bytes to a kilobyte each), and the file does not shrink: dropped checkpoints make room in it.
 """
 
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,25 @@ class CurveStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            with self._transaction():
+                self._make_tables()
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
-                raise UserError(f"{path} is a curve store of version {version}, this is {VERSION}; name another file")
-            if version == 0:
-                self._db.executescript(SCHEMA + f"PRAGMA user_version = {VERSION};")
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"cannot use {path} as a curve store: {error}; name another file") from None
+
+    def _make_tables(self) -> None:
+        """In an empty file. Errors: UserError for somebody else's database."""
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == VERSION:
+            return
+        if version != 0:
+            raise UserError(f"{self.path} is a curve store of version {version}, not {VERSION}; name another file")
+        if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise UserError(f"{self.path} is a database, but no curve store; name another file")
+        for statement in SCHEMA.split(";"):
+            self._db.execute(statement)
+        self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         self._db.close()
@@ -119,21 +130,29 @@ class CurveStore:
         curve.rows += [Row.from_json(text) for (text,) in self._db.execute(query, (curve.id, len(curve.rows)))]
 
     def append(self, curve: Curve, row: Row) -> None:
-        """Add the next row; if another process has measured it meanwhile, that one counts."""
+        """Add the next row; if another process has measured it meanwhile, that one counts. After a failure there is
+        none."""
+        if curve.ended:
+            return
         insert = "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         self._db.execute(insert, (curve.id, len(curve.rows) + 1, row.to_json()))
         self.refresh(curve)
 
-    def extend(self, curve: Curve, rows: Iterable[Row]) -> None:
-        """Add the next rows, all or none."""
+    def complete(self, curve: Curve, rows: Sequence[Row]) -> int:
+        """Add those of a curve's ``rows`` that are missing, all or none; returns how many were."""
         with self._transaction():
-            for row in rows:
+            self.refresh(curve)
+            missing = [] if curve.ended else rows[len(curve.rows) :]
+            for row in missing:
                 self.append(curve, row)
+        return len(missing)
 
     # ---- checkpoints
 
     def save_checkpoint(self, curve: Curve, rows: int, content: bytes) -> None:
-        """Keep ``content``, written after ``rows`` reports, unless a further one is there already."""
+        """Keep ``content``, written after ``rows`` reports, unless a further one is there or it exceeds the limit."""
+        if len(content) > self.max_bytes:
+            return
         with self._transaction():
             self._db.execute(
                 "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET rows = excluded.rows, "
@@ -180,18 +199,13 @@ class CurveStore:
             self.refresh(curve)
             yield json.loads(key), json.loads(origin), curve.rows
 
-    def put(self, key: Mapping[str, Any], origin: Mapping[str, Any], rows: Iterable[Row]) -> int:
+    def put(self, key: Mapping[str, Any], origin: Mapping[str, Any], rows: Sequence[Row]) -> int:
         """Add a whole curve measured elsewhere and return how many rows were new; rows that are there already stay."""
-        with self._transaction():
-            mine, self._origin = self._origin, _canonical(origin)
-            try:
-                curve = self.curve(key)
-            finally:
-                self._origin = mine
-            missing = list(rows)[len(curve.rows) :]
-            for row in missing:
-                self.append(curve, row)
-        return len(missing)
+        mine, self._origin = self._origin, _canonical(origin)
+        try:
+            return self.complete(self.curve(key), rows)
+        finally:
+            self._origin = mine
 
     def _transaction(self) -> "_Transaction":
         return _Transaction(self._db)
@@ -207,7 +221,12 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:  # SQLite has rolled back by itself if, for one, the disk is full
+                self._db.execute("ROLLBACK")
 
 
 def _canonical(value: Mapping[str, Any]) -> str:

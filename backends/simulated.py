@@ -10,13 +10,13 @@ The rules of virtual time:
 - A started or resumed trial begins at once. Its next report comes after the seconds that this report took when it was
   measured: all busy seconds that the report itself names, by kind, or else the time between two reports.
 - A report's start-up counts only for the first report after a start or resume (after a resume, that of the trial's
-  first report), its checkpoint only where the trial is told to pause (its milestone, under ``max_resource_attr``) or
-  has just been warm-started.
+  first report), its checkpoint only where the trial is told to pause (its milestone, under ``max_resource_attr``).
 - Reports due at the same time are handled one after another by trial id; free workers are filled afterwards.
 - A trial told to stop or pause frees its worker at once; real training may have run ahead, and what it added stays in
   the store.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from backends.curve_store import Curve, CurveStore, Row
 from backends.function_backend import WAIT, FunctionBackend, Status
 from backends.pool import Job, WorkerPool
 
+KEEP_SECONDS = 10.0  # of training are lost, besides the running epoch, when this process is killed
 CHECKPOINT = "0000-0000.pt"  # the store's checkpoint in the trial's folder: older than any attempt's own
 
 
@@ -39,8 +40,8 @@ class VirtualClock:
     def __call__(self) -> float:
         return self.now
 
-    def advance_to(self, time: float) -> None:
-        self.now = max(self.now, time)
+    def advance_to(self, seconds: float) -> None:
+        self.now = max(self.now, seconds)
 
 
 @dataclass
@@ -101,10 +102,12 @@ class SimulatedBackend(FunctionBackend):
         self._start_pool = pool
         self._pool: WorkerPool | None = None
         self._running: dict[int, _Running] = {}
+        self._x: dict[int, dict[str, Any]] = {}  # configurations as the trials were started with
         self._curves: dict[int, Curve] = {}
         self._jobs: dict[int, Job] = {}
         self._trained: set[int] = set()
         self._resent: set[int] = set()  # trials whose job will first repeat the report of its checkpoint
+        self._kept: dict[int, float] = {}  # when a trial's checkpoint was last put into the store
         self._lap: dict[int, float] = {}  # when the trial's job made its latest report, in seconds of that job
         self._lost: dict[int, str] = {}  # trials whose real training cannot be finished, and why
         self._returned: set[int] = set()  # trials whose function has no more to report
@@ -119,8 +122,11 @@ class SimulatedBackend(FunctionBackend):
     # ---- virtual time
 
     def _schedule(self, trial_id: int, config: dict[str, Any]) -> None:
-        if trial_id not in self._curves:
-            x = {name: value for name, value in config.items() if name != self.max_resource_attr}
+        x = {name: value for name, value in config.items() if name != self.max_resource_attr}
+        if trial_id in self._curves:
+            self._check_unchanged(trial_id, x)
+        else:
+            self._x[trial_id] = x
             seed = trial_seed(self.seed, trial_id)
             key = {"function": self.function, **self.identity, "config": x, "seed": seed}
             self._curves[trial_id] = self.store.curve(key)
@@ -132,14 +138,22 @@ class SimulatedBackend(FunctionBackend):
         now = self.clock.now
         self._running[trial_id] = _Running(self._curves[trial_id], config, milestone, now, received, last=now)
 
+    def _check_unchanged(self, trial_id: int, config: dict[str, Any]) -> None:
+        """A curve belongs to one configuration: x, or what the trial's own warm start has made of it.
+        Errors: ValueError for a scheduler that changes a trial's configuration (as population-based training does)."""
+        rows = self._curves[trial_id].rows
+        warm = _spent(rows[0]).get("warm_start") if rows else None
+        if config != self._x[trial_id] and (warm is None or config != warm["x_prime"]):
+            raise ValueError(f"trial {trial_id} was resumed with another configuration: that has no curve to replay")
+
     def _collect(self, wait: float) -> None:
         """Jump to the next report and deliver all that are due then."""
         if wait == 0.0 or not self._running or not self._look_ahead():
             return
         due = sorted((trial.due or 0.0, trial_id) for trial_id, trial in self._running.items())
         self.clock.advance_to(due[0][0])
-        for time, trial_id in due:
-            if time <= self.clock.now:
+        for when, trial_id in due:
+            if when <= self.clock.now:
                 self._deliver(trial_id, self._running[trial_id])
 
     def _look_ahead(self) -> bool:
@@ -180,7 +194,7 @@ class SimulatedBackend(FunctionBackend):
         busy = dict(spent["busy"])
         if "startup" in busy:
             busy["startup"] = _spent(trial.curve.rows[0])["busy"]["startup"] if trial.begins else 0.0
-        if "checkpoint" in busy and trial.received + 1 != trial.milestone and not busy.get("warm_start"):
+        if "checkpoint" in busy and trial.received + 1 != trial.milestone:
             busy["checkpoint"] = 0.0
         changed = {**spent, "busy": busy}
         return replace(row, details=changed) if row.report is None else replace(row, report=changed)
@@ -232,8 +246,10 @@ class SimulatedBackend(FunctionBackend):
         if self._provide_checkpoint(trial_id, trial.curve):
             self._resent.add(trial_id)
         self._attempts[trial_id] += 1
+        # x, not x': training that begins anew, without a checkpoint, begins with the warm start
+        config = {**self._x[trial_id], self.max_resource_attr: trial.milestone}
         spec = AttemptSpec(
-            function=self.function, config=trial.config, settings=self.settings,
+            function=self.function, config=config, settings=self.settings,
             seed=trial_seed(self.seed, trial_id), trial_id=trial_id,
             attempt=attempt_name(self.run, self._attempts[trial_id]),
             folder=str(self.trial_path(trial_id).absolute()), received=len(trial.curve.rows),
@@ -264,6 +280,8 @@ class SimulatedBackend(FunctionBackend):
             del self._jobs[trial_id]
         self._resent.discard(trial_id)
         self._keep_checkpoint(trial_id, curve)
+        if job.stop_at is not None and (message["m"] == "lost" or message["kind"] != "failed"):
+            return  # it ran ahead of need: how it came to its end says nothing
         if message["m"] == "lost":
             self._retries[trial_id] += 1
             if self._retries[trial_id] > self.max_retries:
@@ -272,20 +290,28 @@ class SimulatedBackend(FunctionBackend):
             self.store.append(curve, Row(None, failure=message["reason"], details=message["details"]))
         elif message["kind"] != "returned":  # a bug or a lack of memory is no property of the configuration
             self._lost[trial_id] = message["reason"]
-        elif job.stop_at is None and len(curve.rows) <= job.spec.received:
+        elif len(curve.rows) <= job.spec.received:
             self._returned.add(trial_id)
 
     def _on_trained(self, trial_id: int, curve: Curve, report: dict[str, Any]) -> None:
-        repeated = trial_id in self._resent and report[NUMBER] < len(curve.rows)
+        resent = trial_id in self._resent  # the first report after a checkpoint may be that of an earlier attempt
         self._resent.discard(trial_id)
-        lap, self._lap[trial_id] = self._lap[trial_id], report[SECONDS]
-        self.counts.epochs_run += not repeated
-        if report[NUMBER] >= len(curve.rows):  # else trained again to get further, or by another process meanwhile
+        seconds = report[SECONDS] - self._lap[trial_id]
+        if not resent:
+            self._lap[trial_id] = report[SECONDS]
+        elif curve.rows:
+            seconds = min(seconds, curve.rows[-1].seconds)
+        new = report[NUMBER] >= len(curve.rows)  # else trained again to get further, or by another process meanwhile
+        self.counts.epochs_run += new or not resent
+        if new:
             content = {name: value for name, value in report.items() if name not in (NUMBER, SECONDS, TIMESTAMP)}
-            self.store.append(curve, Row(content, seconds=report[SECONDS] - lap))
+            self.store.append(curve, Row(content, seconds=max(0.0, seconds)))
+        if time.monotonic() - self._kept.get(trial_id, 0.0) > KEEP_SECONDS:
+            self._keep_checkpoint(trial_id, curve)
 
     def _keep_checkpoint(self, trial_id: int, curve: Curve) -> None:
         """Put the newest checkpoint of the trial's folder into the store."""
+        self._kept[trial_id] = time.monotonic()
         files = checkpoint_files(self.trial_path(trial_id))
         if files and files[-1].name != CHECKPOINT:
             content = files[-1].read_bytes()

@@ -171,7 +171,7 @@ class Worker:
                     print(outcome.reason, file=sys.stderr)
                 return outcome
         except OSError as error:
-            return Outcome("failed", f"cannot write the trial's log: {error}")
+            return Outcome("environment", f"cannot write the trial's log: {error}")
 
     def _attempt(self, spec: AttemptSpec, context: Attempt) -> None:
         function = resolve(spec.function)

@@ -13,6 +13,7 @@ from backends.gpus import default_n_workers
 from harness.sweep import Cell, deciding
 
 TRIAL_MODULE = "harness.trial"
+WORKER_MODULE = "backends.worker"
 OHGW_PACKAGE = "harness.ohgw"
 
 
@@ -35,9 +36,9 @@ def curve_identity(cell: Cell) -> dict[str, Any]:
 
 @functools.cache
 def code_version(task: str, warm: bool) -> str:
-    """16 hex digits of the source of the task class ``task`` (dotted name), the trial loop and all modules of their
-    packages that they import, those of OHGW if ``warm``. Comments and layout do not count."""
-    roots = [task.rpartition(".")[0], TRIAL_MODULE]
+    """16 hex digits of the source of the task class ``task`` (dotted name), the trial loop, the worker and all modules
+    of their packages that they import, those of OHGW if ``warm``. Comments and layout do not count."""
+    roots = [task.rpartition(".")[0], TRIAL_MODULE, WORKER_MODULE]
     packages = {root.partition(".")[0] for root in roots}
     digest = hashlib.sha256()
     trees: dict[str, str] = {}

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator
@@ -257,6 +258,11 @@ def _check_gpus(devices: list[gpus.Gpu]) -> None:
 def _disk_errors_are_the_users(paths: CellPaths) -> Iterator[None]:
     try:
         yield
+    except sqlite3.Error as error:
+        raise UserError(
+            f"the curve store cannot be used: {error} (a full disk, a damaged file, another process that holds it?); "
+            "nothing that was recorded is lost, mend it or name another backend.store and run the same command again"
+        ) from error
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

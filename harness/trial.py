@@ -89,7 +89,7 @@ def train(ctx: TrialContext, clock: "Clock", unreported: dict[str, Any]) -> None
     if training.epoch == 0 and record is None and settings["ohgw"]["estimator"] != "off":
         record = warm_start(x, task, training, ctx, clock, memory)
         unreported |= {"warm_start": record, "flops": {"warm_start": record["flops"]}}
-        with clock.charging("checkpoint"):
+        with clock.charging("warm_start"):  # the only reason for a checkpoint here
             training.reconfigure(record["x_prime"])
             ctx.save({**NOTHING, "warm_start": record, "busy": dict(clock.seconds)})
     elif training.epoch == 0 and record is not None:

@@ -12,9 +12,11 @@ every imported curve and trains nothing.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -58,6 +60,9 @@ def main() -> int:
     except UserError as error:
         print("error:", error, file=sys.stderr)
         return 2
+    except (sqlite3.Error, pa.ArrowException, json.JSONDecodeError) as error:
+        print(f"error: a file cannot be read or written: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -92,7 +97,8 @@ def export(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write {options.table}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     print(f"{options.table}: {curves} curves, {rows} rows, {options.table.stat().st_size / 2**20:.2f} MiB")
 
 

@@ -13,6 +13,7 @@ simulated worker is; the store notes that. The last lines compare both ways in c
 
 import argparse
 import contextlib
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def main() -> int:
     options, words = parser.parse_known_args()
     try:
         record(words, options)
-    except UserError as error:
+    except (UserError, sqlite3.Error) as error:
         print("error:", error, file=sys.stderr)
         return 2
     return 0
@@ -64,6 +65,8 @@ def record(words: Sequence[str], options: argparse.Namespace) -> None:
     for name in ("configs", "sample", "epochs", "chunk"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
+    if not options.memory > 0:
+        raise UserError(f"--memory must be a number of GiB above 0, not {options.memory:g}")
     if stray := [word for word in words if word.startswith(("backend=", "-"))]:
         raise UserError(f"{stray[0]} is not possible here: tables are for backend=simulated; see --help")
     plan = make_plan(["backend=simulated", *words])
@@ -122,7 +125,7 @@ def record_cell(
     batches = train_batched(task, configs, seeds, epochs, chunk=options.chunk, memory=int(options.memory * 2**30))
     for one, result in zip(wanted, batches, strict=True):
         rows = list(one.rows(result, timing))
-        store.extend(one.curve, rows[len(one.curve.rows) :])
+        store.complete(one.curve, rows)
         trained += len(rows)
     print(f"{cell.variant} seed {cell.seed}: {trained} epochs of {len(wanted)} configurations", flush=True)
     return trained, time.perf_counter() - begun
@@ -150,6 +153,8 @@ class Wanted:
             clock = trial.Clock(str(task.device), time.perf_counter())
             memory = trial.PeakMemory(str(task.device))
             self.warm = trial.warm_start(self.x, task, training, context, clock, memory)
+            with clock.charging("warm_start"):  # with its checkpoint, as harness/trial.py charges it
+                write_checkpoint({**trial.NOTHING, "warm_start": self.warm, "busy": dict(clock.seconds)})
             self.seconds = clock.take()["warm_start"]
 
     def rows(self, result: TrainedTrial, timing: "Timing") -> Iterator[Row]:
@@ -229,11 +234,16 @@ class Listener(TrialContext):
         return False
 
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            CheckpointStore(Path(folder), self.attempt).save(Checkpoint(state, 0))
+        write_checkpoint(state)
 
     def load(self) -> dict[str, Any] | None:
         return None
+
+
+def write_checkpoint(state: dict[str, Any]) -> None:
+    """For its seconds only."""
+    with tempfile.TemporaryDirectory() as folder:
+        CheckpointStore(Path(folder), "0001-0001").save(Checkpoint(state, 0))
 
 
 @contextlib.contextmanager

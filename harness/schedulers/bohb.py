@@ -93,7 +93,9 @@ class DensitySearcher:
     def _draw(self, good: KernelDensity, stream: np.random.Generator) -> tuple[np.ndarray, list[Any]]:
         """Points and tickets of unused configurations from the good density."""
         points = self._coordinates.widen(good.sample(SAMPLES, stream))
-        return self._supply.near(points, self._supply.encoder.encode_all(self._scheduler.configs.values()))
+        encoder = self._supply.encoder
+        used = encoder.encode_all(config for config in self._scheduler.configs.values() if encoder.knows(config))
+        return self._supply.near(points, used)
 
     def _best(self, points: np.ndarray, good: KernelDensity, bad: KernelDensity) -> int:
         rows = self._coordinates.narrow(points)
@@ -102,7 +104,7 @@ class DensitySearcher:
 
     def _densities(self) -> tuple[KernelDensity, KernelDensity] | None:
         """Of the good and of the bad observations at the largest level that has enough of both."""
-        values = rung_values(self._scheduler)
+        values = rung_values(self._scheduler, self._supply.encoder)
         least = len(self._coordinates.choices) + 1
         for level in reversed(rung_levels(self._scheduler)):
             ranked = sorted((value, trial_id) for (trial_id, at), value in values.items() if at == level)

@@ -327,7 +327,7 @@ class DyHPO(BaseScheduler[Job]):
 
     def _known(self, config: Mapping[str, Any]) -> bool:
         """False for the configuration of a trial that this scheduler has not asked for and that lacks something."""
-        return all(name in config for name in self.encoder.space)
+        return self.encoder.knows(config)
 
     def _random(self, origin: Origin) -> TrialSuggestion | None:
         """A random new configuration; if the table has none left, the best paused trial goes on."""

@@ -99,7 +99,7 @@ class ProcessSearcher:
         index = self._suggested
         self._suggested += 1
         self.origin = Origin("random")
-        values = rung_values(self._scheduler)
+        values = rung_values(self._scheduler, self._supply.encoder)
         level = acquisition_level(values)
         if index < INITIAL or level is None:
             return self._supply.random()
@@ -111,7 +111,8 @@ class ProcessSearcher:
         """The ticket of the best configuration found; None if no model is of use, or no configuration is unused."""
         from harness.schedulers.bo.resource_gp import FAILURES
 
-        points = {trial_id: self._supply.encoder.encode(c) for trial_id, c in self._scheduler.configs.items()}
+        encoder, configs = self._supply.encoder, self._scheduler.configs
+        points = {trial_id: encoder.encode(config) for trial_id, config in configs.items() if encoder.knows(config)}
         kept = furthest(values, MOST)
         inputs = self._inputs([(points[trial_id], at) for trial_id, at in kept])
         failure = self._fit.update(inputs, targets(kept.values()))
@@ -145,7 +146,7 @@ class ProcessSearcher:
         from harness.schedulers.bo.resource_gp import expected_improvement
 
         running = {trial_id: job.milestone for trial_id, job in self._scheduler.running.items()}
-        pending = [(t, m) for t, m in sorted(running.items()) if (t, m) not in values]
+        pending = [(t, m) for t, m in sorted(running.items()) if (t, m) not in values and t in points]
         if pending:
             normals = rng(self._seed, "fantasies", index).standard_normal((len(pending), FANTASIES))
             posterior = posterior.with_pending(self._inputs([(points[t], m) for t, m in pending]), normals)

@@ -185,6 +185,8 @@ def timed(ctx: TrialContext) -> None:
             error = TrialFailed(f"failed at {epoch}")
             error.details = {"busy": {"train": seconds}}  # type: ignore[attr-defined]
             raise error
+        if "needs" in ctx.config and not os.path.exists(ctx.config["needs"]):
+            raise UserError("the data are not there")
         if epoch == ctx.config.get("breaks_at"):
             raise KeyError("a bug")
         if epoch == ctx.config.get("dies_at") and ctx.attempt.endswith("0001"):

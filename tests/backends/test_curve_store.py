@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -95,7 +96,7 @@ def test_the_least_recently_used_checkpoint_goes_first(tmp_path):
         assert store.checkpoint(c) is not None
         assert len(store.curve({"k": "b"}).rows) == 1, "only the checkpoint goes"
         store.save_checkpoint(b, 1, bytes(251))
-        assert store.counts()["checkpoint_bytes"] == 0, "one that is larger than the limit is not kept either"
+        assert store.counts()["checkpoint_bytes"] == 200, "one that is larger than the limit costs nobody else's"
 
 
 def test_an_older_checkpoint_does_not_replace_a_further_one(tmp_path):
@@ -110,6 +111,11 @@ def test_a_file_that_is_no_store_is_the_users_mistake(tmp_path):
     (tmp_path / "text").write_text("this is no database, but it is long enough to be taken for one " * 50)
     with pytest.raises(UserError, match=r"cannot use .*text as a curve store"):
         CurveStore(tmp_path / "text")
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("CREATE TABLE rows (mine INTEGER)")
+    other.close()
+    with pytest.raises(UserError, match="no curve store"):
+        CurveStore(tmp_path / "other.sqlite")
     with CurveStore(tmp_path / "s.sqlite") as store:
         store._db.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="version 99"):
@@ -119,13 +125,38 @@ def test_a_file_that_is_no_store_is_the_users_mistake(tmp_path):
 def test_what_was_exported_can_be_put_elsewhere(tmp_path):
     with CurveStore(tmp_path / "a.sqlite", origin={"cpu": "A"}) as a, CurveStore(tmp_path / "b.sqlite") as b:
         curve = a.curve(KEY)
-        a.extend(curve, [Row({"n": 0}), Row({"n": 1}), Row(None, failure="nan")])
+        a.complete(curve, [Row({"n": 0}), Row({"n": 1}), Row(None, failure="nan")])
         a.curve({"empty": True})
         exported = list(a.export())
         assert [(key, origin) for key, origin, _ in exported] == [(KEY, {"cpu": "A"})]
         assert sum(b.put(*entry) for entry in exported) == 3
         assert sum(b.put(*entry) for entry in exported) == 0
         assert list(b.export()) == exported
+
+
+def test_rows_that_another_process_added_meanwhile_stay_in_their_places(tmp_path):
+    rows = [Row({"n": n}) for n in range(9)]
+    with CurveStore(tmp_path / "s.sqlite") as a, CurveStore(tmp_path / "s.sqlite") as b:
+        stale, curve = b.curve(KEY), a.curve(KEY)
+        assert a.complete(curve, rows[:3]) == 3
+        assert b.complete(stale, rows) == 6
+        assert stale.rows == b.curve(KEY).rows == rows
+        ended = a.curve({"k": "ended"})
+        a.complete(ended, [rows[0], Row(None, failure="nan")])
+        b.append(b.curve({"k": "ended"}), rows[1])
+        assert b.complete(b.curve({"k": "ended"}), rows) == 0
+        assert len(b.curve({"k": "ended"}).rows) == 2
+
+
+def test_a_failed_transaction_leaves_the_store_usable(tmp_path):
+    with CurveStore(tmp_path / "s.sqlite") as store:
+        curve = store.curve(KEY)
+        size = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {size + 4}")
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            store.complete(curve, [Row({"n": n, "text": "x" * 3000}) for n in range(50)])
+        store._db.execute("PRAGMA max_page_count = 100000")
+        assert store.complete(store.curve(KEY), [Row({"n": 0})]) == 1
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

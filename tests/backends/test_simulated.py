@@ -157,6 +157,16 @@ def test_failures_are_kept_with_what_they_cost_and_bugs_are_not(store, pool, tmp
     assert warm.counts.trainings_run == 1, "only the one with the bug is tried again"
 
 
+def test_what_the_environment_lacks_is_not_kept(store, pool, tmp_path):
+    configs = [{"seconds": 1.0, "needs": str(tmp_path / "data")}]
+    log, backend = simulate(Script(configs), store, lambda: pool, tmp_path, n_workers=1)
+    assert log == [(0.0, "start", 0), (0.0, "error", 0)]
+    assert backend.failure(0) == "the data are not there"
+    (tmp_path / "data").touch()
+    log, _ = simulate(Script(configs), store, lambda: pool, tmp_path, n_workers=1)
+    assert log == [(0.0, "start", 0), (1.0, "report", 0, 1), (2.0, "report", 0, 2)]
+
+
 def test_a_killed_worker_is_retried_from_the_checkpoint(store, pool, tmp_path):
     log, backend = simulate(Script([{"seconds": 1.0, "dies_at": 2}]), store, lambda: pool, tmp_path, n_workers=1)
     assert log == [(0.0, "start", 0), (1.0, "report", 0, 1), (2.0, "report", 0, 2)]

@@ -176,7 +176,9 @@ def test_values_are_those_at_rung_levels_and_failures_the_worst():
         3: {1: 0.2, 2: 0.3},
     }
     scheduler.failed = {3, 4}
-    assert rung_values(scheduler) == {
+    scheduler.configs = {trial_id: {"x": 0.5, "y": 0.5} for trial_id in range(5)}
+    scheduler.curves[5], scheduler.configs[5] = {1: 0.9}, {"x": 0.5}  # somebody else's: not in this space
+    assert rung_values(scheduler, Encoder(Space.from_config_space(SQUARE))) == {
         (0, 1): -0.1, (0, 3): -0.3, (1, 1): -0.5, (1, 9): -0.6, (2, 1): math.inf,
         (3, 1): -0.2, (3, 3): math.inf, (4, 1): math.inf,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from datetime import datetime
+from typing import Any
 
 import dill
 import numpy as np
@@ -45,8 +46,9 @@ def _short_fits(monkeypatch):
     monkeypatch.setattr(dyhpo, "POOL_SIZE", 128)
 
 
-def make(space=SPACE, **changes):
-    return DyHPO(space, "loss", **({"max_t": 9, "max_resource_attr": "epochs", "seed": 3} | changes))
+def make(space=SPACE, **changes) -> Any:
+    arguments: dict[str, Any] = {"max_t": 9, "max_resource_attr": "epochs", "seed": 3}
+    return DyHPO(space, "loss", **(arguments | changes))
 
 
 def loss(config, epoch):
@@ -124,7 +126,7 @@ def some_rows(n=12, dims=3, length=7, seed=0):
 def exact_gp(model, features, targets):
     """The same model in gpytorch's own terms, on given features."""
 
-    class Exact(gpytorch.models.ExactGP):
+    class Exact(gpytorch.models.ExactGP):  # type: ignore[name-defined]
         def __init__(self):
             super().__init__(features, targets, model.likelihood)
             self.mean, self.kernel = model.mean, model.kernel
@@ -289,7 +291,7 @@ def test_a_failure_and_a_value_that_is_not_finite_are_the_worst_observations():
 @pytest.mark.parametrize("workers", [1, 4, 64])
 def test_trains_one_epoch_at_a_time_with_any_number_of_workers(workers):
     loop = Loop(make(max_t=4), workers).run(60 + workers)
-    seen = {}
+    seen: dict[int, int] = {}
     for trial_id, epoch, decision in loop.log:
         assert epoch == seen.get(trial_id, 0) + 1
         assert decision == ("STOP" if epoch == 4 else "PAUSE")
@@ -388,8 +390,8 @@ def test_trials_that_run_when_a_table_ends_run_on_to_max_t():
 
 def test_learns_on_the_configuration_after_the_warm_start():
     scheduler = make()
-    wrapper = OHGW(scheduler)
-    trials = []
+    wrapper: Any = OHGW(scheduler)
+    trials: list[Trial] = []
     for _ in range(3):
         trials.append(Trial(len(trials), dict(wrapper.suggest().config), datetime.now()))
         wrapper.on_trial_add(trials[-1])

@@ -50,6 +50,24 @@ def test_twice_is_byte_identical_and_random_schedulers_share_trials(tmp_path, ha
     assert wide.returncode == 0, wide.stdout + wide.stderr
 
 
+def test_training_without_its_checkpoint_begins_with_the_same_warm_start(tmp_path, harness):
+    """A trial resumed with x' that has rows in the store but no checkpoint: x is warm-started, not x' once more."""
+    words = [*BARE, "scheduler=asha", "ohgw=normalized", "n_workers=4", "backend.max_gib=0"]
+    for epochs in (4, 30):  # the second command needs more of the first one's trials
+        assert harness(*words, f"budget.epochs={epochs}", f"name=to{epochs}").returncode == 0
+    fresh = harness(*words, "budget.epochs=30", "name=fresh", "backend.store=fresh.sqlite")
+    assert fresh.returncode == 0
+    curves = []
+    for name in ("to30", "fresh"):
+        (cell,) = cells(tmp_path, name).values()
+        reports = [e for e in read_lines(cell / "events.jsonl") if e["e"] == "report"]
+        curves.append({(e["trial"], e["result"]["epoch"]): e["result"]["train_loss"] for e in reports})
+    both = curves[0].keys() & curves[1].keys()
+    assert len(both) > 15
+    assert any(epoch == 3 for _, epoch in both)
+    assert all(curves[0][key] == curves[1][key] for key in both)
+
+
 def test_virtual_trials_report_what_live_ones_do(tmp_path, harness):
     words = [
         "task.model=mlp",

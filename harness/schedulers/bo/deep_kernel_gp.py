@@ -61,10 +61,11 @@ class FeatureExtractor(torch.nn.Module):
 
     def __init__(self, dims: int):
         super().__init__()
-        self.point = torch.nn.Linear(dims + 1, HIDDEN_UNITS)
-        self.norm = torch.nn.BatchNorm1d(HIDDEN_UNITS, momentum=1.0)
-        self.curve = torch.nn.Linear(WINDOW, CHANNELS)  # on sliding windows: a convolution
-        self.joint = torch.nn.Linear(HIDDEN_UNITS + CHANNELS, FEATURES)
+        with torch.random.fork_rng(devices=[]):  # layers are made with weights from the global generator
+            self.point = torch.nn.Linear(dims + 1, HIDDEN_UNITS)
+            self.norm = torch.nn.BatchNorm1d(HIDDEN_UNITS, momentum=1.0)
+            self.curve = torch.nn.Linear(WINDOW, CHANNELS)  # on sliding windows: a convolution
+            self.joint = torch.nn.Linear(HIDDEN_UNITS + CHANNELS, FEATURES)
         self.activation = torch.nn.LeakyReLU(0.01)
 
     def forward(self, points: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,13 @@ class Encoder:
         ]
         self.dims = sum(self.widths)
 
+    def knows(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``config`` has all hyperparameters, categoricals with one of their choices."""
+        return all(
+            name in config and (not isinstance(domain, Categorical) or config[name] in domain.choices)
+            for name, domain in self.space.domains.items()
+        )
+
     def encode(self, config: Mapping[str, Any]) -> np.ndarray:
         """Shape (dims,), float64."""
         parts = [_encode(domain, config[name]) for name, domain in self.space.domains.items()]
