@@ -119,7 +119,8 @@ def test_charged_decisions_take_virtual_time(tmp_path, harness):
     assert 0.0 < starts[1][0] < starts[1][1] < starts[1][2] < starts[1][3]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_cell_comes_out_the_same(how, tmp_path, start_harness, harness):
     words = [*SMALL, "scheduler=asha", "ohgw=normalized", "seed=0..1"]
     process = start_harness(*words)
