@@ -48,8 +48,9 @@ class VirtualClock:
 class Counts:
     """What virtual experiments asked of a store, and what had to be trained for it.
 
-    ``trainings``: trials that were started; ``epochs``: reports that were delivered; ``trainings_run``: trials of these
-    that needed real training; ``epochs_run``: reports that real workers made, those ahead of need included."""
+    ``trainings``: trials of which at least one report was needed; ``epochs``: reports that were delivered;
+    ``trainings_run``: trials of these that needed real training; ``epochs_run``: reports that real workers made, those
+    ahead of need included."""
 
     trainings: int = 0
     epochs: int = 0
@@ -130,7 +131,6 @@ class SimulatedBackend(FunctionBackend):
             seed = trial_seed(self.seed, trial_id)
             key = {"function": self.function, **self.identity, "config": x, "seed": seed}
             self._curves[trial_id] = self.store.curve(key)
-            self.counts.trainings += 1
         milestone, received = int(config[self.max_resource_attr]), self._received(trial_id)
         if received >= milestone:
             self._on_returned(trial_id)
@@ -166,6 +166,7 @@ class SimulatedBackend(FunctionBackend):
                 self._train(trial_id, trial)
             if self._known(trial_id, trial):
                 trial.due = trial.last + self._seconds(trial_id, trial)
+                self.counts.trainings += trial.received == 0
             else:
                 waiting = True
         if waiting and self._pool is not None:
