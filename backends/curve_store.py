@@ -23,15 +23,15 @@ from backends.context import UserError, to_json
 WAIT_SECONDS = 60.0  # for another process to finish writing; a write takes milliseconds
 VERSION = 1  # of the tables below
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS curves (
+CREATE TABLE curves (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, key TEXT NOT NULL, origin TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS rows (
+CREATE TABLE rows (
     curve INTEGER NOT NULL REFERENCES curves(id), number INTEGER NOT NULL, row TEXT NOT NULL,
     PRIMARY KEY (curve, number)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS checkpoints (
+CREATE TABLE checkpoints (
     curve INTEGER PRIMARY KEY REFERENCES curves(id), rows INTEGER NOT NULL, used INTEGER NOT NULL,
     bytes INTEGER NOT NULL, content BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS by_use ON checkpoints(used);
+CREATE INDEX by_use ON checkpoints(used);
 """
 
 

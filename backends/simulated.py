@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backends.attempt import NUMBER, SECONDS, TIMESTAMP, AttemptSpec
-from backends.context import attempt_name, checkpoint_files, reports_before, trial_seed
+from backends.attempt import NUMBER, SECONDS, TIMESTAMP
+from backends.context import checkpoint_files, reports_before, trial_seed
 from backends.curve_store import Curve, CurveStore, Row
 from backends.function_backend import WAIT, FunctionBackend, Status
 from backends.pool import Job, WorkerPool
@@ -63,7 +63,6 @@ class _Running:
     """A trial on a virtual worker."""
 
     curve: Curve
-    config: dict[str, Any]
     milestone: int  # the trial function returns after this report
     started: float
     received: int  # reports delivered so far, in all attempts
@@ -136,7 +135,7 @@ class SimulatedBackend(FunctionBackend):
             self._on_returned(trial_id)
             return
         now = self.clock.now
-        self._running[trial_id] = _Running(self._curves[trial_id], config, milestone, now, received, last=now)
+        self._running[trial_id] = _Running(self._curves[trial_id], milestone, now, received, last=now)
 
     def _check_unchanged(self, trial_id: int, config: dict[str, Any]) -> None:
         """A curve belongs to one configuration: x, or what the trial's own warm start has made of it.
@@ -181,7 +180,7 @@ class SimulatedBackend(FunctionBackend):
         row = self._charged(trial_id, trial)
         if row is None:
             return 0.0
-        busy = (row.details if row.report is None else row.report).get("busy")
+        busy = _spent(row).get("busy")
         return row.seconds if busy is None else sum(busy.values())
 
     def _charged(self, trial_id: int, trial: _Running) -> Row | None:
@@ -246,15 +245,9 @@ class SimulatedBackend(FunctionBackend):
         self._lap[trial_id] = 0.0
         if self._provide_checkpoint(trial_id, trial.curve):
             self._resent.add(trial_id)
-        self._attempts[trial_id] += 1
         # x, not x': training that begins anew, without a checkpoint, begins with the warm start
         config = {**self._x[trial_id], self.max_resource_attr: trial.milestone}
-        spec = AttemptSpec(
-            function=self.function, config=config, settings=self.settings,
-            seed=trial_seed(self.seed, trial_id), trial_id=trial_id,
-            attempt=attempt_name(self.run, self._attempts[trial_id]),
-            folder=str(self.trial_path(trial_id).absolute()), received=len(trial.curve.rows),
-        )  # fmt: skip
+        spec = replace(self._next_attempt(trial_id, config), received=len(trial.curve.rows))
         self._jobs[trial_id] = Job(spec, self._on_message)
         self._pool.submit(self._jobs[trial_id])
 
