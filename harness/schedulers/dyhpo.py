@@ -14,6 +14,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision, TrialSuggestion
 
 from harness.schedulers.base import BaseScheduler, Job, Mode, Origin
 from harness.schedulers.bo.encoding import Encoder
+from harness.schedulers.bo.supply import TableSupply
 from harness.schedulers.bo.threads import one_thread
 from harness.schedulers.sampler import RandomSampler
 from harness.seeds import rng, torch_seed
@@ -47,23 +48,17 @@ class Pool(Protocol):
 class TablePool:
     """The rows of a table, each once; random ones in the order of ``CandidateSampler``."""
 
-    def __init__(self, candidates: Sequence[Mapping[str, Any]], encoder: Encoder, seed: int):
+    def __init__(self, config_space: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], seed: int):
         self.chosen: int | None = None
-        self.points = encoder.encode_all(candidates)
-        self._candidates = candidates
-        self._order = rng(seed, "candidates").permutation(len(candidates))
-        self._free = np.ones(len(candidates), dtype=bool)
+        self._supply = TableSupply(config_space, candidates, seed)
+        self.points = self._supply.points
 
     def suggest(self) -> dict[str, Any] | None:
-        index = next((k for k in self._order if self._free[k]), None) if self.chosen is None else self.chosen
-        self.chosen = None
-        if index is None:
-            return None
-        self._free[index] = False
-        return dict(self._candidates[index])
+        row, self.chosen = self.chosen, None
+        return self._supply.random() if row is None else self._supply.give(row)
 
     def unused(self, used: set[Key]) -> np.ndarray:
-        return np.flatnonzero(self._free)
+        return np.array(self._supply.unused()[1], dtype=int)
 
 
 class SobolPool:
@@ -199,7 +194,7 @@ class DyHPO(BaseScheduler[Job]):
         self.pool: Pool = (
             SobolPool(config_space, self.encoder, seed)
             if candidates is None
-            else TablePool(candidates, self.encoder, seed)
+            else TablePool(config_space, candidates, seed)
         )
         self.searcher = self.pool
         self._paused: set[int] = set()

@@ -49,7 +49,7 @@ class TableSupply:
     def __init__(self, config_space: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], seed: int):
         self._candidates = candidates
         self.encoder = Encoder(Space.from_config_space(config_space))
-        self._points = self.encoder.encode_all(candidates)
+        self.points = self.encoder.encode_all(candidates)
         self._free = np.ones(len(candidates), dtype=bool)
         self._order = CandidateSampler([{"row": row} for row in range(len(candidates))], seed)
 
@@ -62,7 +62,7 @@ class TableSupply:
 
     def unused(self) -> tuple[np.ndarray, list[int]]:
         """Points, shape (n, dims), and tickets of all that are left."""
-        return self._points[self._free], np.flatnonzero(self._free).tolist()
+        return self.points[self._free], np.flatnonzero(self._free).tolist()
 
     def near(self, points: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Points and tickets of the unused candidates nearest to ``points``, shape (n, dims), without repetition.
