@@ -22,11 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import orjson
 import yaml
 
 BUSY_KINDS = ("startup", "warm_start", "train", "validate", "test", "checkpoint")
 SYNC_SECONDS = 5.0  # a power cut costs at most this much of the record; a kill costs only the line being written
-_OPEN = '{"e": "open"'  # how EventLog begins the line of an open event
+_OPEN = b'{"e": "open"'  # how EventLog begins the line of an open event
 
 
 class RecordError(ValueError):
@@ -182,7 +183,7 @@ def read_events(path: str | Path) -> tuple[list[dict[str, Any]], list[Problem]]:
     events: list[dict[str, Any]] = []
     problems: list[Problem] = []
     seen: set[tuple[Any, Any]] = set()
-    torn: list[tuple[int, str]] = []
+    torn: list[tuple[int, bytes]] = []
     for number, line in _lines(path):
         event = _parse(line)
         if event is None:
@@ -478,24 +479,28 @@ def _stop_reason(events: Sequence[Mapping[str, Any]]) -> str:
     return "running or killed"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each line; records are ASCII, so a byte that is not becomes U+FFFD and fails to parse."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, content) of each line."""
     try:
-        text = path.read_bytes().decode("ascii", "replace")
+        content = path.read_bytes()
     except FileNotFoundError:
         return
-    yield from enumerate(text.removesuffix("\n").split("\n") if text else [], start=1)
+    yield from enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds, None if it holds none; records are ASCII, so another byte is damage."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and "\ufffd" not in line else None
+        value = orjson.loads(line)
+    except ValueError:  # orjson has no NaN and no infinities, which json writes and reads
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return None
+    return value if isinstance(value, dict) and line.isascii() else None
 
 
-def _judge(path: Path, torn: Sequence[tuple[int, str]], reopened: bool) -> list[Problem]:
+def _judge(path: Path, torn: Sequence[tuple[int, bytes]], reopened: bool) -> list[Problem]:
     """Problems of adjacent unreadable lines: a kill tears one, and a kill while reopening the ``open`` after it."""
     problems = []
     for position, (number, line) in enumerate(torn):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,9 @@ class Comparison:
 
     setting: what tells it from other comparisons of the same task and scheduler; mostly empty. add_off: the commands
     that add the missing off cells; no_command: cells that lack off and whose command is not known, seeds by variant.
-    Both empty if there are off cells.
+    Both empty if there are off cells. cells: those of ``Results`` that were compared, with until when each was followed
+    (``end_wallclock``, ``end_gpu_hours``) and its T@tau (``time_wallclock``, ``time_gpu_hours``, and by validation
+    ``time_validation_...``): a number, inf (finished without it) or NaN (not there yet).
     """
 
     task: str
@@ -89,9 +91,13 @@ class Comparison:
     variants: list[Variant]
     add_off: list[str]
     no_command: dict[str, list[int]]
+    cells: pd.DataFrame = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but the cells, for JSON."""
+        numbers = asdict(replace(self, cells=pd.DataFrame()))
+        del numbers["cells"]
+        return numbers
 
 
 Tau = float | Mapping[str, float | None] | None  # one target for all, or by setting; None: the recorded ones
@@ -111,7 +117,7 @@ def _compare(results: Results, cells: pd.DataFrame, differs: dict[str, Any], tau
     first = cells.iloc[0]
     target = _target(cells, tau, results.warnings)
     reports = results.reports[results.reports["cell"].isin(cells["cell"])]
-    cells = cells.assign(**_times(cells, reports, target, str(first["mode"])))
+    cells = cells.assign(**times_to(cells, reports, target, str(first["mode"])))
     off = cells[cells["variant"] == OFF]
     names = sorted(cells["variant"].unique(), key=lambda name: (name != OFF, name))
     add_off, no_command = _add_off(results, cells) if off.empty else ([], {})
@@ -124,6 +130,7 @@ def _compare(results: Results, cells: pd.DataFrame, differs: dict[str, Any], tau
         variants=[_variant(name, cells[cells["variant"] == name], off) for name in names],
         add_off=add_off,
         no_command=no_command,
+        cells=cells,
     )
 
 
@@ -148,7 +155,7 @@ def _target(cells: pd.DataFrame, tau: Tau, warnings: list[str]) -> float:
     return float(taus.iloc[-1]) if len(taus) else math.nan
 
 
-def _times(cells: pd.DataFrame, reports: pd.DataFrame, tau: float, mode: str) -> dict[str, Any]:
+def times_to(cells: pd.DataFrame, reports: pd.DataFrame, tau: float, mode: str) -> dict[str, Any]:
     """Columns of the cells by unit: until when each was followed, and its T@tau, test and validation.
 
     end_: the cell's own end or, if shorter, the configured budget; time_: a number, inf (finished without reaching tau
@@ -169,7 +176,7 @@ def _times(cells: pd.DataFrame, reports: pd.DataFrame, tau: float, mode: str) ->
 
 
 def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame) -> Variant:
-    paired, missing = _pair(cells, off)
+    paired, missing = pair(cells, off)
     compared = name != OFF and not off.empty
     charged = sum(cells[f"busy_{kind}"].sum() for kind in BUSY_KINDS if kind != "test")
     flops = cells["flops_train"].sum() + cells["flops_warm_start"].sum()
@@ -198,7 +205,7 @@ def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame) -> Variant:
     )
 
 
-def _pair(cells: pd.DataFrame, off: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
+def pair(cells: pd.DataFrame, off: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
     """Pairs of finished cells (index seed, columns with suffixes _on and _off), and the seeds that form none."""
     both = cells.set_index("seed").add_suffix("_on").join(off.set_index("seed").add_suffix("_off"), how="inner")
     finished = (both["status_on"] == "finished") & (both["status_off"] == "finished")
