@@ -8,7 +8,6 @@ and the peak memory. ``--keep DIR`` leaves the folder there and uses it again.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -29,10 +28,15 @@ SCHEDULERS = "asha,pasha,hyperband,hyperband_bo,bohb,dyhpo,boil,random"
 VARIANTS = "off,zero,on,normalized,random"
 RUNGS, SHARES = (1, 3, 9, 27), (0.66, 0.22, 0.08, 0.04)  # epochs of a trial, and how many trials get so many
 
-LOAD = (
-    "import sys, time; from harness.report import load_results; t = time.perf_counter(); r = load_results(sys.argv[1]); \
-s = time.perf_counter() - t; assert len(r.cells), r.corrupt; print(s)"
-)
+LOAD = """
+import sys, time
+from harness.report import load_results
+begun = time.perf_counter()
+results = load_results(sys.argv[1])
+seconds = time.perf_counter() - begun
+assert len(results.cells), results.corrupt
+print(seconds)
+"""
 
 
 def main() -> None:
@@ -137,10 +141,8 @@ def _run(*arguments: str) -> tuple[str, float]:
 
 
 def _say(what: str, seconds: list[float]) -> None:
-    median, low, high = statistics.median(seconds), min(seconds), max(seconds)
-    print(
-        f"{what}: {json.dumps({'n': len(seconds), 'median_s': round(median, 2), 'min_s': round(low, 2), 'max_s': round(high, 2)})}"
-    )
+    low, median, high = min(seconds), statistics.median(seconds), max(seconds)
+    print(f"{what}: median {median:.1f} s [{low:.1f}, {high:.1f}], n = {len(seconds)}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,109 @@
-"""python -m harness.report RESULTS [--json] [--tau TAU]"""
+"""python -m harness.report RESULTS: the paper-ready report of a results folder, and its verdict."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
-from harness.report import Results, ResultsError, load_results, print_summary, summary_json
+from harness.report.load import Results, ResultsError, load_results
+
+EXIT_BROKEN, EXIT_WRONG, EXIT_INTERRUPTED = 1, 2, 130
+
+EPILOG = """\
+examples:
+  python -m harness.report results/default              # writes results/default/report/, prints the verdict
+  python -m harness.report results/default --tau 0.95   # with another target
+  python -m harness.report results/default --summary    # only prints the numbers
+  python -m harness.report wandb:ENTITY/PROJECT         # fetches the cells from W&B first
+exit codes: 0 done, 1 a part could not be made (the others are there), 2 there is nothing to report, 130 interrupted
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the summary of a results folder; 0, or 2 with one sentence if there is nothing to summarise."""
-    parser = argparse.ArgumentParser(prog="python -m harness.report", description="Summarise a results folder.")
-    parser.add_argument("results", help="results/NAME, or one cell's folder in it")
-    parser.add_argument("--json", action="store_true", help="machine output of the same numbers")
-    parser.add_argument("--tau", type=float, help="target score instead of the recorded one")
-    options = parser.parse_args(arguments)
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        results = load_results(options.results)
-        if options.json:
-            print(json.dumps(summary_json(results, options.tau), indent=1))
-        else:
-            print_summary(results, Console(), options.tau)
+        return _main(options)
     except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG
+    except KeyboardInterrupt:
+        print("interrupted; an earlier report is as it was", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report",
+        description="Write the report of a results folder (page, figures, tables, verdict) and print the verdict.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", help="results/NAME, one cell's folder in it, or wandb:ENTITY/PROJECT")
+    parser.add_argument("--tau", type=float, help="target score instead of the recorded one")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default RESULTS/report")
+    parser.add_argument("--summary", action="store_true", help="print the numbers of all variants, write nothing")
+    parser.add_argument("--json", action="store_true", help="the numbers and the verdict for machines, write nothing")
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    path = options.results
+    if path.startswith("wandb:"):
+        from harness.report.fetch import fetch
+
+        path = fetch(path, say=lambda line: print(line, file=sys.stderr))
+    results = load_results(path)
+    code = _print(results, options) if options.summary or options.json else _write(results, options)
     _warn(results)
+    return code
+
+
+def _print(results: Results, options: argparse.Namespace) -> int:
+    from harness.report.tables import print_summary, summary_json
+
+    if options.json:
+        print(json.dumps(summary_json(results, options.tau), indent=1))
+    else:
+        print_summary(results, Console(), options.tau)
+    return _empty(results) if results.cells.empty else 0
+
+
+def _write(results: Results, options: argparse.Namespace) -> int:
     if results.cells.empty:
-        print(f"none of the {len(results.corrupt)} cells in {results.path} can be used", file=sys.stderr)
-        return 2
-    return 0
+        return _empty(results)
+    from harness.report.build import warn_broken, write_report
+    from harness.report.study import Study
+    from harness.report.verdict import print_verdict
+
+    study, console = Study(results, options.tau), Console()
+    folder = options.out or Path(results.path) / "report"
+    try:
+        report = write_report(study, folder)
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write the report to {folder}: {error.strerror} ({error.filename}); --out DIR writes it elsewhere"
+        ) from None
+    print_verdict(study, console)
+    tables, figures = (sum(len(getattr(s, kind)) for s in report.sections) for kind in ("tables", "figures"))
+    console.print(
+        f"report: {report.page} (beside it {figures} figures as PDF and PNG, {tables} tables as LaTeX, CSV, Markdown)",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    warn_broken(report)
+    return EXIT_BROKEN if report.broken else 0
+
+
+def _empty(results: Results) -> int:
+    print(f"none of the {len(results.corrupt)} cells in {results.path} can be used", file=sys.stderr)
+    return EXIT_WRONG
 
 
 def _warn(results: Results) -> None:

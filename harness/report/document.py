@@ -8,6 +8,7 @@ Markdown.
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ ORDER = ("off", "zero", "on", "direct", "normalized", "multistep", "random", "si
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers with a caption. name: ``<topic>_<condition>``, the files'. frame: the numbers as they are, for CSV. formats:
-    what turns the entries of a column into text for the other forms; the default is ``text_of``."""
+    """Numbers with a caption. name: ``<topic>_<condition>``, the files'. frame: the numbers as they are, for CSV.
+    formats: what turns the entries of a column into text for the other forms; the default is ``text_of``."""
 
     name: str
     caption: str
@@ -160,27 +161,35 @@ def markdown(table: Table) -> str:
     return "\n".join([table.caption, "", *lines]) + "\n"
 
 
-def write_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """``folder/<name>.pdf`` and ``.png`` of every figure, drawn by one process a core where there are many."""
+def write_figures(figures: Sequence[Figure], folder: Path) -> dict[str, str]:
+    """``folder/<name>.pdf`` and ``.png`` of every figure, drawn by one process a core where there are many.
+
+    Returns the tracebacks of those that could not be drawn, by name; raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(len(os.sched_getaffinity(0)), len(figures) // 4)
     if workers < 2:
-        for figure in figures:
-            _save(figure, folder)
+        failures = [_save(figure, folder) for figure in figures]
     else:
-        Parallel(workers, pre_dispatch="all")(delayed(_save)(figure, folder) for figure in figures)
+        failures = Parallel(workers, pre_dispatch="all")(delayed(_save)(figure, folder) for figure in figures)
+    return {figure.name: trace for figure, trace in zip(figures, failures, strict=True) if trace}
 
 
-def _save(figure: Figure, folder: Path) -> None:
+def _save(figure: Figure, folder: Path) -> str | None:
+    """Draw and write one figure; the traceback if it cannot be drawn."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
     with pyplot.rc_context(STYLE):
-        drawn = figure.draw(**figure.data)
-        for ending in ("pdf", "png"):
-            target = folder / f"{figure.name}.{ending}"
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            metadata = {"CreationDate": None} if ending == "pdf" else {"Software": None}  # equal input, equal bytes
-            drawn.savefig(temporary, format=ending, metadata=metadata)
-            os.replace(temporary, target)
-        pyplot.close(drawn)
+        try:
+            drawn = figure.draw(**figure.data)
+            for ending in ("pdf", "png"):
+                metadata = {"CreationDate": None} if ending == "pdf" else {"Software": None}  # equal data, equal bytes
+                drawn.savefig(folder / f"{figure.name}.{ending}", format=ending, metadata=metadata)
+        except OSError:
+            raise
+        except Exception:
+            return traceback.format_exc()
+        finally:
+            pyplot.close("all")
+    return None

@@ -17,7 +17,7 @@ class Condition:
     """The cells that may be compared with each other: one setting (task, scheduler and what else tells it apart).
 
     label: its words, as in headings; words: the same as parts of file names. cells: ``Comparison.cells``; variants: in
-    the report's order; config: the resolved configuration of one of the cells.
+    the report's order; config: the resolved configuration of one of the cells; variant_configs: of one of each variant.
     """
 
     label: str
@@ -31,6 +31,11 @@ class Condition:
     cells: pd.DataFrame
     variants: list[str]
     config: dict[str, Any]
+    variant_configs: dict[str, dict[str, Any]]
+
+    def ohgw(self, variant: str) -> dict[str, Any]:
+        """The ``ohgw`` configuration of a variant."""
+        return dict(self.variant_configs[variant].get("ohgw", {}))
 
     @property
     def space(self) -> Space:
@@ -89,7 +94,7 @@ class Study:
 
 def _condition(results: Results, comparison: Comparison) -> Condition:
     cells = comparison.cells
-    first = cells.iloc[0]
+    first, by_variant = cells.iloc[0], cells.drop_duplicates("variant")
     differs = tuple(f"{key}={value}" for key, value in comparison.setting.items())
     words = (comparison.task, comparison.scheduler, *differs)
     return Condition(
@@ -104,4 +109,5 @@ def _condition(results: Results, comparison: Comparison) -> Condition:
         cells=cells,
         variants=ordered(list(cells["variant"].unique())),
         config=results.configs[first["cell"]],
+        variant_configs={str(row["variant"]): results.configs[row["cell"]] for _, row in by_variant.iterrows()},
     )

@@ -19,6 +19,7 @@ class FakeCell:
     scores: Sequence[tuple[float, float]] = ((0.5, 0.4), (0.8, 0.7), (0.95, 0.93))
     seconds: float = 2.0
     warm_seconds: float = 0.0  # busy seconds of each warm start; 0 for vanilla cells
+    warm_peak: int = 5_000_000  # bytes at most during a warm start; training takes 4 MB
     fallback: str | None = None
     task: str = "digits"
     scheduler: str = "pasha"
@@ -102,7 +103,7 @@ class FakeCell:
             result["warm_start"] = {
                 "requested": "lookahead", "estimator": "none" if self.fallback else "lookahead",
                 "fallback": self.fallback,
-                "x": {"lr": 0.1}, "x_prime": {"lr": 0.11}, "seconds": warm, "flops": 50, "peak_memory": 5_000_000,
+                "x": {"lr": 0.1}, "x_prime": {"lr": 0.11}, "seconds": warm, "flops": 50, "peak_memory": self.warm_peak,
             }  # fmt: skip
         return result
 
@@ -121,11 +122,15 @@ def write_study(
     seeds: Sequence[int] = range(5),
     name: str = "default",
     steps: int = 12,
+    scheduler: str = "pasha",
 ) -> Path:
     """A paired study of ``variants`` over ``seeds``; all but off learn 20 % faster. Returns the folder of cells."""
     for variant in variants:
         for seed in seeds:
             vanilla = variant == "off"
             scores = curve(seed, variant, steps, gain=0.0 if vanilla else 0.2)
-            FakeCell(scores, variant=variant, seed=seed, warm_seconds=0.0 if vanilla else 0.1).write(results_dir, name)
+            warm_seconds = 0.0 if vanilla else 0.1
+            FakeCell(scores, variant=variant, seed=seed, warm_seconds=warm_seconds, scheduler=scheduler).write(
+                results_dir, name
+            )
     return results_dir / name
