@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import sys
@@ -91,12 +92,22 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
         print(json.dumps(report.summary_json(results, taus), indent=1))
     else:
         report.print_summary(results, console, taus)
+        command = f"python -m harness.report {shlex.quote(_shown_path(root))}"
+        line = f"The report, with the verdict, figures and tables for a paper: {command}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for warning in [
         *dict.fromkeys(results.warnings),
         *(f"cell {cell} is corrupt and left out: {why}" for cell, why in results.corrupt.items()),
     ]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     return outcome.exit_code
+
+
+def _shown_path(path: Path) -> str:
+    """``path`` as one would type it here."""
+    with contextlib.suppress(ValueError):
+        return str(path.absolute().relative_to(Path.cwd()))
+    return str(path)
 
 
 def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], verbose: bool) -> Outcome:

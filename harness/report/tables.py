@@ -19,7 +19,6 @@ from harness.report.compare import (
     TimeToTarget,
     Variant,
     ranges,
-    summary_tables,
 )
 from harness.report.load import Results
 
@@ -97,8 +96,8 @@ def _busy_table(comparison: Comparison) -> Table:
     return Table("busy hours per cell", header, rows)
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What a reader of the comparison must know besides its tables."""
+def pairing_notes(comparison: Comparison) -> list[str]:
+    """What is missing for a comparison: off cells (with the commands that add them), and seeds without a pair."""
     lines = []
     if comparison.add_off:
         this = "this command adds them" if len(comparison.add_off) == 1 else "these commands add them"
@@ -106,11 +105,15 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.no_command:
         cells = "; ".join(f"{variant} seeds {ranges(seeds)}" for variant, seeds in comparison.no_command.items())
         lines.append(f"There are no off cells for these cells, and the command that ran them is not recorded: {cells}")
+    return [*lines, *(line for variant in comparison.variants for line in _missing(variant))]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the comparison must know besides its tables."""
+    lines = pairing_notes(comparison)
     ends = [_ends(variant) for variant in comparison.variants if any(e.pairs for e in variant.effect.values())]
     if ends:
         lines.append(f"B: {'; '.join(ends)}")
-    for variant in comparison.variants:
-        lines += _missing(variant)
     few = [f"{v.variant} ({v.effect[UNITS[0]].pairs})" for v in comparison.variants
            if v.effect and v.effect[UNITS[0]].preliminary]  # fmt: skip
     if few:
@@ -119,9 +122,14 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def print_summary(results: Results, console: Console, tau: Tau = None) -> None:
-    """Print the summary of ``results`` (``tau`` as in ``summary_tables``). Warnings are the caller's to print after."""
-    comparisons = summary_tables(results, tau)
-    _say(console, counted(results))
+    """Print the numbers of ``results`` (``tau`` as in ``summary_tables``). Warnings are the caller's to print after."""
+    from harness.report.description import description
+    from harness.report.study import Study
+
+    study = Study(results, tau)
+    comparisons = [condition.comparison for condition in study.conditions]
+    for line in [counted(results), *description(study)]:
+        _say(console, line)
     for comparison in comparisons:
         _say(console, "")
         _say(console, heading(comparison))
@@ -137,15 +145,21 @@ def print_summary(results: Results, console: Console, tau: Tau = None) -> None:
 
 
 def summary_json(results: Results, tau: Tau = None) -> dict[str, Any]:
-    """The same numbers for machines; NaN and infinities (not known, not reached) are null."""
-    comparisons = [comparison.as_dict() for comparison in summary_tables(results, tau)]
+    """The same numbers for machines, and the verdict; NaN and infinities (not known, not reached) are null."""
+    from harness.report.description import description
+    from harness.report.study import Study
+    from harness.report.verdict import judge
+
+    study = Study(results, tau)
     status = results.cells["status"].value_counts().to_dict() if len(results.cells) else {}
     return plain({
         "path": results.path,
         "cells": {**status, "corrupt": len(results.corrupt)},
         "corrupt": results.corrupt,
         "warnings": list(dict.fromkeys(results.warnings)),
-        "comparisons": comparisons,
+        "description": description(study),
+        "verdict": judge(study).as_dict(),
+        "comparisons": [condition.comparison.as_dict() for condition in study.conditions],
         "rules": RULES,
     })  # fmt: skip
 

@@ -29,7 +29,7 @@ from harness.report.stats import (
     wilcoxon_signed_rank,
 )
 from harness.report.study import Condition, Study
-from harness.report.tables import number, p_value, percent
+from harness.report.tables import counted, number, p_value, pairing_notes, percent
 from harness.seeds import rng
 
 REDUCTION, LEVEL = 0.15, 0.05  # of T@tau, median over pairs; of the signed-rank test
@@ -277,14 +277,14 @@ def section(study: Study) -> Section:
         "adjusted for all tuples of this report. Controls (zero, random) are judged and not counted."
     )
     if not verdict.tuples:
-        return Section("verdict", "The verdict", text)
+        return Section("verdict", "The verdict", text, notes=missing(study))
     formats = {"p": p_value, "Holm p": p_value, "seeds needed": _seeds}
     tables = [Table("verdict_all", "The verdict: one row a (task, scheduler, variant).", _frame(verdict), formats)]
     splits = _splits(verdict)
     if not splits.empty:
         by = "Tuples that pass, by scheduler, variant, task family and share of discrete hyperparameters; no controls."
         tables.append(Table("verdict_splits", by, splits, {"share passed": percent}))
-    return Section("verdict", "The verdict", text, tables)
+    return Section("verdict", "The verdict", text, tables, notes=missing(study))
 
 
 def _frame(verdict: Verdict) -> pd.DataFrame:
@@ -322,13 +322,12 @@ def _splits(verdict: Verdict) -> pd.DataFrame:
 
 
 def print_verdict(study: Study, console: Console) -> None:
-    """The description, each tuple with what keeps it from passing, and the answer last."""
+    """The description, each tuple with what keeps it from passing, what has no pair, and the answer last."""
     from harness.report.description import description
 
     verdict = judge(study)
-    for line in description(study):
+    for line in [counted(study.results), *description(study), ""]:
         _say(console, line)
-    _say(console, "")
     for entry in verdict.tuples:
         words = [f"{name} {c.status} ({c.why})" for name, c in entry.criteria.items() if c.status != PASS]
         undecided = entry.status == UNDECIDED and not math.isnan(entry.seeds)
@@ -336,8 +335,13 @@ def print_verdict(study: Study, console: Console) -> None:
         control = " (control)" if entry.control else ""
         detail = f": {'; '.join(words)}{needed}" if words else f": {entry.criteria['sooner'].why}"
         _say(console, f"{entry.status:<9}  {entry.condition} / {entry.variant}{control}, {entry.pairs} pairs{detail}")
-    _say(console, "")
-    _say(console, verdict.sentence)
+    for line in [*missing(study), "", verdict.sentence]:
+        _say(console, line)
+
+
+def missing(study: Study) -> list[str]:
+    """Seeds and cells that form no pair, and the commands that add off cells: nothing is left out without a word."""
+    return [f"{c.label}: {line}" for c in study.conditions for line in pairing_notes(c.comparison)]
 
 
 def _say(console: Console, line: str) -> None:

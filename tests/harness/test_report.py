@@ -348,7 +348,7 @@ def test_a_corrupt_cell_is_named_and_left_out_of_n(run, tmp_path, damage):
         paths.config.write_text(paths.config.read_text().replace("scheduler: pasha", "x: y"))
     else:
         paths.events.unlink()
-    done = run(path)
+    done = run(path, "--summary")
     assert done.returncode == 0
     assert f"warning: cell {paths.folder} is corrupt and left out: " in done.stderr
     assert {"middle": "line 4", "config": "config.yaml is missing", "summary": "summary.json"}.get(
@@ -362,7 +362,7 @@ def test_a_torn_last_line_is_a_warning(run, tmp_path):
     path = write_study(tmp_path, ("off",), range(2))
     paths = FakeCell(GOOD, variant="on", seed=0, close=None).write(tmp_path)
     paths.events.write_bytes(paths.events.read_bytes()[:-20])
-    done = run(path)
+    done = run(path, "--summary")
     assert done.returncode == 0
     assert f"{paths.events} line 4: is torn by a kill and was skipped" in done.stderr
     assert "1 running or killed" in done.stdout
@@ -371,14 +371,14 @@ def test_a_torn_last_line_is_a_warning(run, tmp_path):
 def test_cells_set_aside_are_mentioned_and_not_counted(run, tmp_path):
     path = write_study(tmp_path, ("off",), range(2))
     aside = set_aside(CellPaths.of(next(path.glob("*-off-1-*"))))
-    done = run(path)
+    done = run(path, "--summary")
     assert aside.name in done.stderr
     assert "1 finished" in done.stdout
 
 
 def test_one_cell_alone_can_be_summarised_by_the_command(tmp_path):
     paths = FakeCell(GOOD).write(tmp_path)
-    command = [sys.executable, "-m", "harness.report", str(paths.root)]
+    command = [sys.executable, "-m", "harness.report", str(paths.root), "--summary"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "cells: 1 finished" in done.stdout
