@@ -12,7 +12,7 @@ COMMANDS = [
     line.partition("#")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if "-m harness" in line
+    if "-m harness " in line
 ]
 SMALLER = ["task.model=mlp", "budget.epochs=6"]
 
@@ -33,6 +33,10 @@ def test_command(command, harness):
     done = harness(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+
+
+def test_the_report_command_stands_after_the_sweep_it_reads():
+    assert "uv run python -m harness.report results/default" in README
 
 
 def test_links_lead_somewhere():

@@ -44,6 +44,14 @@ def test_bench_simulator(environment):
 
 
 @pytest.mark.slow
+def test_bench_report(environment, tmp_path):
+    words = ["--cells", "12", "--events", "60", "--repeats", "1", "--keep", str(tmp_path)]
+    output = run("bench_report.py", *words, environment=environment)
+    assert "load and report (the whole command): median" in output
+    assert (tmp_path / "synthetic-12x60" / "report" / "index.html").exists()
+
+
+@pytest.mark.slow
 def test_bench_trial_start(environment):
     output = run("bench_trial_start.py", "--trials", "1", environment=environment)
     assert "local / pool" in output

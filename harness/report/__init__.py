@@ -1,9 +1,9 @@
 """From the files of a results folder to what they say: ``python -m harness.report RESULTS``.
 
-    study = Study(load_results("results/default"))
-    judge(study)                          # the verdict
-    write_report(study, "report")         # everything, as files
-    time_to_target.section(study)         # one part: its text, tables (pandas) and figures (functions that draw)
+study = Study(load_results("results/default"))
+judge(study)                          # the verdict
+write_report(study, "report")         # everything, as files
+time_to_target.section(study)         # one part: its text, tables (pandas) and figures (functions that draw)
 """
 
 from typing import Any
@@ -17,7 +17,11 @@ __all__ = [
     "summary_tables", "write_report",
 ]  # fmt: skip
 
-_LATER = {"Study": "study", "judge": "verdict", "write_report": "build"}  # the harness needs none of these after a sweep
+_LATER = {
+    "Study": "study",
+    "judge": "verdict",
+    "write_report": "build",
+}  # the harness needs none of these after a sweep
 
 
 def __getattr__(name: str) -> Any:

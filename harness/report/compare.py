@@ -13,7 +13,6 @@ from harness.record import BUSY_KINDS
 from harness.report.load import Results
 from harness.report.stats import kaplan_meier, median_of, paired_effect, signed_differences, wilcoxon_signed_rank
 from harness.schema import OUTSIDE_IDENTITY
-from harness.seeds import rng
 from harness.sweep import off_command
 
 UNITS = ("wallclock", "gpu_hours")  # of the time to target: seconds since the cell's start; busy hours without test
@@ -38,7 +37,7 @@ class Against:
     """One variant against off in one unit, over pairs of finished cells of the same seed.
 
     budget: the common end B of the pairs' time axis; low, high: bounds of the median reduction (equal when identified);
-    ci_low, ci_high: 95 % bootstrap; p: Wilcoxon.
+    ci_low, ci_high: 95 %, see ``stats.paired_effect``; p: Wilcoxon.
     """
 
     pairs: int
@@ -187,7 +186,7 @@ def _variant(name: str, cells: pd.DataFrame, off: pd.DataFrame) -> Variant:
         unfinished=int((cells["status"] != "finished").sum()),
         time={unit: _time_to_target(cells, unit) for unit in UNITS},
         validation_time={unit: _time_to_target(cells, unit, "validation_") for unit in UNITS},
-        effect={unit: _against(paired, unit, name) for unit in UNITS} if compared else {},
+        effect={unit: _against(paired, unit) for unit in UNITS} if compared else {},
         best_validation_score=median_of(cells["best_validation_score"].to_numpy(dtype=float)),
         incumbent_test_score=median_of(cells["incumbent_test_score"].to_numpy(dtype=float)),
         busy_hours={kind: float(cells[f"busy_{kind}"].mean()) / 3600 for kind in BUSY_KINDS},
@@ -226,11 +225,11 @@ def _time_to_target(cells: pd.DataFrame, unit: str, kind: str = "") -> TimeToTar
                         int(np.isinf(times).sum()), int(np.isnan(times).sum()))  # fmt: skip
 
 
-def _against(paired: pd.DataFrame, unit: str, name: str) -> Against:
+def _against(paired: pd.DataFrame, unit: str) -> Against:
     variant, off = (paired[f"time_{unit}_{side}"].to_numpy(dtype=float) for side in ("on", "off"))
     ends = paired[[f"end_{unit}_on", f"end_{unit}_off"]].to_numpy(dtype=float)
     budget = float(ends.max()) if len(ends) else math.nan  # of these pairs, whatever else is in the folder
-    effect = paired_effect(variant, off, budget, rng(0, "bootstrap", unit, name))
+    effect = paired_effect(variant, off, budget)
     p = wilcoxon_signed_rank(signed_differences(variant, off, budget))
     return Against(effect.n, budget, effect.low, effect.high, *effect.ci, p, preliminary=effect.n < ENOUGH_PAIRS)
 

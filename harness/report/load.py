@@ -70,6 +70,10 @@ class Results:
     corrupt: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def folder(self, cell: str) -> Path:
+        """The folder of a cell; ``path`` itself where one cell was loaded."""
+        return self.path if _is_cell(self.path) else self.path / cell
+
 
 @dataclass
 class _Cell:

@@ -29,9 +29,10 @@ RULES = (
     "T@tau: first report at which the incumbent (best on validation so far) has test score tau; median [quartiles] by "
     "Kaplan-Meier, where a cell without it is censored at its own end or, if shorter, at the budget configured in that "
     "unit (an unfinished cell: where it stands now).",
-    "effect: median over pairs (finished cells of one seed) of 1 - T/T_off, positive = sooner than off; 95 % bootstrap "
-    "interval over pairs. Neither reached tau: 0. Only one did: the ratio is bounded by T > B of the other; where that "
-    "leaves the median open, its bounds are shown (>, <, to) and the interval covers all of it.",
+    "effect: median over pairs (finished cells of one seed) of 1 - T/T_off, positive = sooner than off. Neither "
+    "reached tau: 0. Only one did: the ratio is bounded by T > B of the other; where that leaves the median open, its "
+    "bounds are shown (>, <, to) and the interval covers all of it. 95 % interval: from order statistics (Hettmansperger "
+    "and Sheather), without the pairs where neither reached tau; none if fewer than six pairs are left.",
     "B: the end of the longest cell of these pairs (no other variant, no unfinished cell) or, if shorter, the budget "
     "configured in that unit. Under a budget in another unit only (epochs, trials) cells end at different times: one "
     "that ended before B without reaching tau is still read as T > B.",

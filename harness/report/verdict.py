@@ -9,7 +9,7 @@ seeds would decide it. Fewer than ``FEWEST_PAIRS`` pairs decide nothing.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ CRITERIA = {
     "memory": f"<= {MEMORY:.0%} extra peak memory",
     "spread": f"SD of T@tau at most {SD - 1:.0%} larger",
 }
+TITLES = {"sooner": "sooner", "score": "score", "gpu_hours": "GPU-hours", "memory": "memory", "spread": "spread"}
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 
 
@@ -66,7 +67,7 @@ class Criterion:
 @dataclass(frozen=True)
 class Judged:
     """One tuple. control: ``zero`` and ``random`` are judged as well, but are no attempts to be sooner: they do not
-    count. p: of the signed-rank test; holm_p: adjusted for all tuples of the report that count."""
+    count. p: of the signed-rank test; holm_p: adjusted for all tuples of the report, controls included."""
 
     task: str
     scheduler: str
@@ -88,9 +89,11 @@ class Judged:
 
     @property
     def seeds(self) -> float:
-        """Seeds that would decide all its undecided criteria."""
+        """Seeds that would decide it: of its undecided criteria the one that wants most. NaN: decided, or not known."""
+        if self.status != UNDECIDED:
+            return math.nan
         wanted = [c.seeds for c in self.criteria.values() if c.status == UNDECIDED]
-        return math.nan if not wanted or any(map(math.isnan, wanted)) else max(wanted)
+        return math.nan if any(map(math.isnan, wanted)) else max(wanted)
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,9 @@ class Verdict:
 def judge(study: Study) -> Verdict:
     """The verdict of a study; a tuple without off cells is undecided, for want of pairs."""
     tuples = [_judge(c, variant) for c in study.conditions for variant in c.variants if variant != OFF]
-    counted = [i for i, entry in enumerate(tuples) if not entry.control]
-    for i, adjusted in zip(counted, holm([tuples[i].p for i in counted]), strict=True):
-        tuples[i] = Judged(**{**vars(tuples[i]), "holm_p": float(adjusted)})
-    answer, sentence = _answer([tuples[i] for i in counted])
+    adjusted = holm([entry.p for entry in tuples])
+    tuples = [replace(entry, holm_p=float(p)) for entry, p in zip(tuples, adjusted, strict=True)]
+    answer, sentence = _answer([entry for entry in tuples if not entry.control])
     return Verdict(tuples, answer, sentence)
 
 
@@ -159,8 +161,10 @@ def _sooner(variant: Any, off: Any, budget: float, p: float, names: Sequence[str
         return _few("sooner", len(variant), effect.low, low, high, known)
     if effect.low >= REDUCTION and p < LEVEL:
         return Criterion("sooner", PASS, effect.low, low, high, math.nan, why)
+    if high < REDUCTION:
+        return Criterion("sooner", FAIL, effect.low, low, high, math.nan, why)
     needed = pairs_needed(variant, off, budget, rng(0, "power", *names), REDUCTION, alpha=LEVEL)
-    if high < REDUCTION or needed <= len(variant):
+    if needed <= len(variant):
         return Criterion("sooner", FAIL, effect.low, low, high, math.nan, why)
     return Criterion("sooner", UNDECIDED, effect.low, low, high, needed, why)
 
@@ -249,7 +253,7 @@ def _answer(counted: Sequence[Judged]) -> tuple[str, str]:
         f"{answer.capitalize()}: {passed} of {total} (task, scheduler, variant) tuples pass all five criteria "
         f"({passed / total:.0%}; {SHARE:.0%} are needed), {failed} fail, {total - passed - failed} are undecided."
     )
-    wanted = [entry.seeds for entry in counted if entry.status == UNDECIDED and not math.isnan(entry.seeds)]
+    wanted = [entry.seeds for entry in counted if not math.isnan(entry.seeds)]
     if answer == UNDECIDED and wanted:
         sentence += f" Seeds that would decide them: {_seeds(min(wanted))} to {_seeds(max(wanted))} a variant."
     few = sum(entry.pairs < ENOUGH_PAIRS for entry in counted)
@@ -257,7 +261,7 @@ def _answer(counted: Sequence[Judged]) -> tuple[str, str]:
 
 
 def _seeds(count: float) -> str:
-    return "" if math.isnan(count) else f"more than {MOST_SEEDS}" if math.isinf(count) else f"{count:.0f}"
+    return "-" if math.isnan(count) else f"more than {MOST_SEEDS}" if math.isinf(count) else f"{count:.0f}"
 
 
 # ---- as a section, and on the terminal
@@ -266,8 +270,8 @@ def _seeds(count: float) -> str:
 def section(study: Study) -> Section:
     """The answer, the table of tuples, and how they split."""
     verdict = judge(study)
-    text = [verdict.sentence, "Criteria: " + "; ".join(f"{name}: {what}" for name, what in CRITERIA.items()) + "."]
-    text.append(
+    text = [verdict.sentence, "Criteria: " + "; ".join(f"{TITLES[name]}: {CRITERIA[name]}" for name in CRITERIA) + "."]
+    how = (
         "T@tau is in wall-clock seconds; the best score is the incumbent's on the test set; extra GPU-hours are warm "
         "starts' busy seconds over the other busy seconds of the same cells; on a CPU the peak memory is the whole "
         "process's. A criterion passes when its estimate meets it (the first one with p < 0.05, by Wilcoxon's "
@@ -277,20 +281,20 @@ def section(study: Study) -> Section:
         "adjusted for all tuples of this report. Controls (zero, random) are judged and not counted."
     )
     if not verdict.tuples:
-        return Section("verdict", "The verdict", text, notes=missing(study))
+        return Section("verdict", "The verdict", [*text, how], notes=missing(study))
     formats = {"p": p_value, "Holm p": p_value, "seeds needed": _seeds}
     tables = [Table("verdict_all", "The verdict: one row a (task, scheduler, variant).", _frame(verdict), formats)]
     splits = _splits(verdict)
     if not splits.empty:
         by = "Tuples that pass, by scheduler, variant, task family and share of discrete hyperparameters; no controls."
         tables.append(Table("verdict_splits", by, splits, {"share passed": percent}))
-    return Section("verdict", "The verdict", text, tables, notes=missing(study))
+    return Section("verdict", "The verdict", text, tables, notes=[how, *missing(study)])
 
 
 def _frame(verdict: Verdict) -> pd.DataFrame:
     rows = []
     for entry in verdict.tuples:
-        criteria = {name: f"{c.status} {c.why}" for name, c in entry.criteria.items()}
+        criteria = {TITLES[name]: f"{c.status} {c.why}" for name, c in entry.criteria.items()}
         rows.append({
             "condition": entry.condition, "variant": entry.variant + (" (control)" if entry.control else ""),
             "verdict": entry.status, "pairs": entry.pairs, **criteria, "p": entry.p, "Holm p": entry.holm_p,
@@ -329,9 +333,8 @@ def print_verdict(study: Study, console: Console) -> None:
     for line in [counted(study.results), *description(study), ""]:
         _say(console, line)
     for entry in verdict.tuples:
-        words = [f"{name} {c.status} ({c.why})" for name, c in entry.criteria.items() if c.status != PASS]
-        undecided = entry.status == UNDECIDED and not math.isnan(entry.seeds)
-        needed = f"; seeds needed: {_seeds(entry.seeds)}" if undecided else ""
+        words = [f"{TITLES[name]} {c.status} ({c.why})" for name, c in entry.criteria.items() if c.status != PASS]
+        needed = "" if math.isnan(entry.seeds) else f"; seeds needed: {_seeds(entry.seeds)}"
         control = " (control)" if entry.control else ""
         detail = f": {'; '.join(words)}{needed}" if words else f": {entry.criteria['sooner'].why}"
         _say(console, f"{entry.status:<9}  {entry.condition} / {entry.variant}{control}, {entry.pairs} pairs{detail}")

@@ -1,7 +1,7 @@
 """Results folders as the harness writes them, without training: for tests and speed measurements of the report."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ from harness.sweep import Cell, setting
 
 @dataclasses.dataclass(frozen=True)
 class FakeCell:
-    """One cell: ``scores`` are (validation, test) of its reports, one every ``seconds`` (wall-clock and busy)."""
+    """One cell: ``scores`` are (validation, test) of its reports, one every ``seconds`` (wall-clock and busy).
+
+    Trials run one after the other, of ``epochs_per_trial`` epochs (each as many, or as listed). x, x_prime, gradients:
+    of each trial; if empty, all trials have lr 0.1, which a warm start moves to 0.11 without a recorded gradient.
+    """
 
     scores: Sequence[tuple[float, float]] = ((0.5, 0.4), (0.8, 0.7), (0.95, 0.93))
     seconds: float = 2.0
@@ -26,12 +30,18 @@ class FakeCell:
     variant: str = "off"
     seed: int = 0
     tau: float = 0.9
-    epochs_per_trial: int = 3
+    epochs_per_trial: int | Sequence[int] = 3
     budget: dict[str, float | None] = dataclasses.field(default_factory=dict)
     close: str | None = "finished"  # None: killed
     n_workers: int = 2
     command: Sequence[str] | None = None  # sys.argv in meta.json
     planned: Cell | None = None  # a plan's cell: its config and folder instead of the ones made up here
+    x: Sequence[dict[str, Any]] = ()
+    x_prime: Sequence[dict[str, Any]] = ()
+    gradients: Sequence[dict[str, float] | None] = ()
+    decisions: Sequence[str] = ()  # of each report; if empty all CONTINUE
+    space: dict[str, Any] = dataclasses.field(default_factory=lambda: {"lr": {"lower": 0.1, "upper": 1.0}})
+    keys: dict[str, Any] = dataclasses.field(default_factory=dict)  # changed in the config: {"task.max_epochs": 27}
 
     @property
     def folder(self) -> str:
@@ -45,11 +55,12 @@ class FakeCell:
         budget = {"wallclock": None, "gpu_hours": None, "trials": None, "epochs": 110, **self.budget}
         labels = {"task": self.task, "scheduler": self.scheduler, "variant": self.variant,
                   "preset": self.variant.split("(")[0], "identity": "0123abcd"}  # fmt: skip
-        config = {
+        preset = self.task.split("(")[0]
+        config: dict[str, Any] = {
             "scheduler": {"_target_": f"harness.schedulers.{self.scheduler}", "eta": 3},
             "ohgw": {"estimator": "off" if self.variant == "off" else "lookahead"},
-            "task": {"_target_": f"harness.tasks.{self.task}", "tau": self.tau, "taus": [0.6], "mode": "max",
-                     "metric": "accuracy", "space": "one", "spaces": {"one": {"lr": {"lower": 0.1, "upper": 1.0}}}},
+            "task": {"_target_": f"harness.tasks.{preset}", "tau": self.tau, "taus": [0.6], "mode": "max",
+                     "metric": "accuracy", "space": "one", "spaces": {"one": self.space}},
             "backend": {"kind": "pool"},
             "budget": budget,
             "seed": self.seed,
@@ -58,19 +69,25 @@ class FakeCell:
             "results_dir": str(results_dir),
             "labels": labels,
         }  # fmt: skip
+        for name, value in self.keys.items():
+            group, _, key = name.rpartition(".")
+            (config[group] if group else config)[key] = value
         labels["setting"] = setting(config)
         return config
 
     def events(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = [{"e": "open", "t": 0.0, "run": 1, "time": 1.7e9, "commit": "0" * 40}]
         now = 0.0
-        for i, (validation, test) in enumerate(self.scores):
-            trial, epoch = divmod(i, self.epochs_per_trial)
+        for i, ((trial, epoch), (validation, test)) in enumerate(zip(self._epochs(), self.scores, strict=False)):
             if epoch == 0:
-                events.append({"e": "start", "t": now, "trial": trial, "config": {"lr": 0.1, "wd": 1e-4}})
+                config = self.x[trial] if self.x else {"lr": 0.1, "wd": 1e-4}
+                events.append({"e": "start", "t": now, "trial": trial, "config": config})
             now += self.seconds
-            events.append({"e": "report", "t": now, "trial": trial, "decision": "CONTINUE",
-                           "result": self._result(epoch + 1, validation, test)})  # fmt: skip
+            result = self._result(epoch + 1, validation, test)
+            if "warm_start" in result:
+                result["warm_start"] |= self._moves(trial)
+            decision = self.decisions[i] if self.decisions else "CONTINUE"
+            events.append({"e": "report", "t": now, "trial": trial, "decision": decision, "result": result})
         if self.close:
             events.append({"e": "close", "t": now, "why": self.close})
         return events
@@ -89,6 +106,18 @@ class FakeCell:
         if self.close == "finished":
             write_json(paths.summary, summarize(config, events))
         return paths
+
+    def _epochs(self) -> Iterator[tuple[int, int]]:
+        """(trial, epoch from 0) of the reports."""
+        if isinstance(self.epochs_per_trial, int):
+            yield from (divmod(i, self.epochs_per_trial) for i in range(len(self.scores)))
+        else:
+            yield from ((trial, i) for trial, length in enumerate(self.epochs_per_trial) for i in range(length))
+
+    def _moves(self, trial: int) -> dict[str, Any]:
+        """What a warm start's record says of the listed trials."""
+        moves = {"x": self.x, "x_prime": self.x_prime, "gradient": self.gradients}
+        return {name: values[trial] for name, values in moves.items() if values}
 
     def _result(self, epoch: int, validation: float, test: float) -> dict[str, Any]:
         warm = self.warm_seconds if epoch == 1 else 0.0
