@@ -93,12 +93,14 @@ def _write(results: Results, options: argparse.Namespace) -> int:
         ) from None
     print_verdict(study, console)
     tables, figures = (sum(len(getattr(s, kind)) for s in report.sections) for kind in ("tables", "figures"))
-    console.print(
-        f"report: {report.page} (beside it {figures} figures as PDF and PNG, {tables} tables as LaTeX, CSV, Markdown)",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    beside = f"{_count(figures, 'figure')} as PDF and PNG, {_count(tables, 'table')} as LaTeX, CSV and Markdown"
+    console.print(f"report: {report.page} (beside it {beside})", markup=False, highlight=False, soft_wrap=True)
     warn_broken(report)
     return EXIT_BROKEN if report.broken else 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _empty(results: Results) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scikit_posthocs
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2, friedmanchisquare, norm, rankdata
 
@@ -211,6 +210,8 @@ def ranks(scores: ArrayLike, higher_is_better: bool = True) -> Ranks:
             f"Ranks need at least {FEWEST_BLOCKS} tasks in which every method has a score; there are {blocks}."
         )
     placed = rankdata(-table if higher_is_better else table, axis=1)
+    import scikit_posthocs  # a second that only this needs
+
     nemenyi = scikit_posthocs.posthoc_nemenyi_friedman(placed).to_numpy(dtype=float)
     return Ranks(blocks, placed.mean(axis=0), _friedman(placed), nemenyi)
 

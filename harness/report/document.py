@@ -5,8 +5,8 @@ left out where nobody wants them. Every figure is written as PDF and PNG, every 
 Markdown.
 """
 
+import functools
 import math
-import os
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed
 
 from harness.record import write_atomic
+from harness.report.processes import cores, map_in_processes
 
 STYLE: Any = {
     "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight", "pdf.fonttype": 42, "font.size": 9,
@@ -167,11 +167,11 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> dict[str, str]:
     Returns the tracebacks of those that could not be drawn, by name; raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    workers = min(len(os.sched_getaffinity(0)), len(figures) // 4)
-    if workers < 2:
+    processes = min(cores(), len(figures) // 4)
+    if processes < 2:
         failures = [_save(figure, folder) for figure in figures]
     else:
-        failures = Parallel(workers, pre_dispatch="all")(delayed(_save)(figure, folder) for figure in figures)
+        failures = map_in_processes(functools.partial(_save, folder=folder), figures, processes)
     return {figure.name: trace for figure, trace in zip(figures, failures, strict=True) if trace}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from harness.ohgw.coordinates import Coordinate
 from harness.record import (
@@ -24,6 +22,7 @@ from harness.record import (
     summarize,
     trial_rows,
 )
+from harness.report.processes import cores, map_in_processes
 from harness.space import Categorical, Float, Space
 
 _SET_ASIDE = re.compile(r"\.broken-\d+$")
@@ -125,11 +124,9 @@ def load_results(path: str | Path) -> Results:
 
 def _load_all(folders: Sequence[Path]) -> list[_Cell]:
     size = sum((folder / "events.jsonl").stat().st_size for folder in folders if (folder / "events.jsonl").is_file())
-    workers = min(len(os.sched_getaffinity(0)), len(folders))
-    if size < PARALLEL_FROM or workers < 2:
+    if size < PARALLEL_FROM or cores() < 2:
         return [_load_cell(folder) for folder in folders]
-    batch = max(1, len(folders) // (8 * workers))
-    return Parallel(workers, batch_size=batch, pre_dispatch="all")(delayed(_load_cell)(folder) for folder in folders)
+    return map_in_processes(_load_cell, folders, min(cores(), len(folders)))
 
 
 def _cell_folders(path: Path, warnings: list[str]) -> list[Path]:

@@ -61,7 +61,11 @@ class Study:
         self.results, self.tau = results, tau
         comparisons = summary_tables(results, tau)
         self.conditions = [_condition(results, comparison) for comparison in comparisons]
-        self.colors = colors(list(results.cells["variant"].unique()) if len(results.cells) else [])
+
+    @functools.cached_property
+    def colors(self) -> dict[str, Any]:
+        """A colour of each variant, for all figures."""
+        return colors(list(self.results.cells["variant"].unique()) if len(self.results.cells) else [])
 
     @functools.cached_property
     def _reports(self) -> dict[str, pd.DataFrame]:
