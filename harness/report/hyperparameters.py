@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,19 @@ def section(study: Study) -> Section:
         "can differ between variants all the same where the scheduler learns from x'.",
     ]
     final = incumbents(study)
-    for condition in study.conditions:
-        configurations = configurations_of(study, condition)
-        if not configurations.trials:
-            out.notes.append(f"{condition.label}: no configuration was started.")
-            continue
-        _add_condition(out, study, condition, configurations, configurations.chosen(final))
+    gather(out, {condition.label: _part(study, condition, final) for condition in study.conditions})
     return out
+
+
+def gather(out: Section, parts: Mapping[str, Section]) -> None:
+    """Add ``parts``, by the label of their condition, to ``out``; a note that several have is made once."""
+    notes: dict[str, list[str]] = {}
+    for label, part in parts.items():
+        out.tables += part.tables
+        out.figures += part.figures
+        for note in part.notes:
+            notes.setdefault(note, []).append(label)
+    out.notes += [f"{'; '.join(labels)}: {note}" for note, labels in notes.items()]
 
 
 # ---- the trials of a condition as arrays
@@ -81,6 +87,18 @@ class Configurations:
     def seed(self) -> NDArray[np.int64]:
         """The seed of each trial, (n,)."""
         return self.frame["seed"].to_numpy(dtype=np.int64)
+
+    @functools.cached_property
+    def sample(self) -> NDArray[np.int64]:
+        """A number for each trial, (n,), equal for equal seed and exactly equal sampled x."""
+        columns = [self.seed.astype(float), *np.where(np.isnan(self.x), math.inf, self.x)]
+        order = np.lexsort(columns[::-1])
+        changes = np.zeros(len(order), dtype=bool)
+        for column in columns:
+            changes[1:] |= column[order][1:] != column[order][:-1]
+        number = np.empty(len(order), dtype=np.int64)
+        number[order] = np.cumsum(changes)
+        return number
 
     @functools.cached_property
     def warm_started(self) -> NDArray[np.bool_]:
@@ -126,25 +144,28 @@ def incumbents(study: Study) -> pd.DataFrame:
 # ---- the parts of one condition
 
 
-def _add_condition(
-    out: Section, study: Study, condition: Condition, trials: Configurations, final: NDArray[np.bool_]
-) -> None:
+def _part(study: Study, condition: Condition, incumbents: pd.DataFrame) -> Section:
+    part, trials = Section("", ""), configurations_of(study, condition)
+    if not trials.trials:
+        part.notes.append("no configuration was started.")
+        return part
+    final = trials.chosen(incumbents)
     if frame := _shift_rows(condition, trials, final):
-        out.tables.append(_shift_table(condition, pd.DataFrame(frame)))
+        part.tables.append(_shift_table(condition, pd.DataFrame(frame)))
     else:
-        out.notes.append(f"{condition.label}: there is no variant besides off, so there is no table of shifts.")
+        part.notes.append("there is no variant besides off, so there is no table of shifts.")
     if OFF not in condition.variants:
-        out.notes.append(f"{condition.label}: without off cells there is no divergence from off; ohgw=off adds them.")
+        part.notes.append("without off cells there is no divergence from off; ohgw=off adds them.")
     if discrete := [name for name in trials.names if not isinstance(condition.space[name], Float)]:
-        out.notes.append(f"{condition.label}: {', '.join(discrete)} (integer or categorical) never move.")
-    out.figures.append(_distribution_figure(study, condition, trials, final))
-    trajectories = _trajectory_figure(study, condition, trials)
-    if trajectories is None:
+        part.notes.append(f"{', '.join(discrete)} (integer or categorical) never move.")
+    part.figures.append(_distribution_figure(study, condition, trials, final))
+    if trajectories := _trajectory_figure(study, condition, trials):
+        part.figures.append(trajectories)
+    else:
         few = len(condition.space.continuous) < 2
         why = "there are fewer than two continuous hyperparameters" if few else "no warm start moved anything"
-        out.notes.append(f"{condition.label}: there is no figure of trajectories, for {why}.")
-    else:
-        out.figures.append(trajectories)
+        part.notes.append(f"there is no figure of trajectories, for {why}.")
+    return part
 
 
 def _shift_rows(condition: Condition, trials: Configurations, final: NDArray[np.bool_]) -> list[dict[str, Any]]:
@@ -226,11 +247,11 @@ def _shift_table(condition: Condition, frame: pd.DataFrame) -> Table:
     caption = (
         f"{condition.label}: how warm starts moved each hyperparameter, in unit coordinates. Mean shift: mean of "
         "x' - x over warm-started trials, with its 95 % bootstrap interval over cells (whole cells are resampled); "
-        "mean |shift|: of its absolute value; up, down, not moved: shares of warm-started trials; clipped: share that was "
-        f"moved onto a bound. KL: divergence of the variant from off, {KL_ESTIMATOR}, of all started configurations "
-        "and of the incumbents (best on validation when the cell ended, or so far); null 95 %: its 95 % quantile "
-        "when the labels variant and off are permuted, so what sampling noise alone gives. A dash: integers and "
-        "categoricals, which never move, or nothing to compare."
+        "mean |shift|: of its absolute value; up, down, not moved: shares of warm-started trials; clipped: share that "
+        f"was moved onto a bound. KL: divergence of the variant from off, {KL_ESTIMATOR}, of all started "
+        "configurations and of the incumbents (best on validation when the cell ended, or so far); null 95 %: its 95 % "
+        "quantile when the labels variant and off are permuted, so what sampling noise alone gives. A dash: integers "
+        "and categoricals, which never move, or nothing to compare."
     )
     shares = dict.fromkeys(("up", "down", "not moved", "clipped"), percent)
     return Table(file_name("hyperparameters", *condition.words), caption, frame, shares)

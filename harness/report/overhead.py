@@ -327,9 +327,7 @@ def _controls(study: Study) -> tuple[list[Control], list[str]]:
         where = "in any condition" if len(lacking) == len(study.conditions) else f"in {'; '.join(lacking)}"
         notes.append(f"There is no A/A control {where}: the override ohgw=zero adds its cells to the same command.")
     if no_off:
-        notes.append(
-            f"The A/A control needs off cells, which {'; '.join(no_off)} lack: the override ohgw=off adds them."
-        )
+        notes.append(f"The A/A control needs off cells: the override ohgw=off adds them to {'; '.join(no_off)}.")
     notes += [f"A/A control in {c.condition}: there is no pair of finished cells." for c in controls if not c.pairs]
     return controls, notes
 

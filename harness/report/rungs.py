@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from harness.report.compare import OFF
 from harness.report.document import Figure, Section, Table, file_name
-from harness.report.hyperparameters import RESAMPLES, Configurations, cluster_mean, configurations_of
+from harness.report.hyperparameters import RESAMPLES, Configurations, cluster_mean, configurations_of, gather
 from harness.report.stats import Estimate, paired_bootstrap
 from harness.report.study import Condition, Study
 from harness.report.tables import number, percent
@@ -29,11 +29,12 @@ Array = NDArray[np.float64]
 
 PAIRS_TEXT = (
     "Pairs of x and x'. A trial of a variant is paired with the trial of off in the same seed that was sampled with "
-    "exactly the same x (the first with a report, if several were). One of them trained from x, the other from x', the rest (initial "
-    "weights, order of the data) is the same. The benefit of x' is the difference of their validation scores, positive "
-    "where x' is better, at the largest epoch that both have reported. Searches at random sample the same "
-    "configurations for every variant of a seed; model-based ones part ways after the first observations, so that only "
-    "their first trials form pairs. Rows of later epochs hold only pairs of which the scheduler let both trials go on."
+    "exactly the same x (the first with a report, if several were). One of them trained from x, the other from x', the "
+    "rest (initial weights, order of the data) is the same. The benefit of x' is the difference of their validation "
+    "scores, positive where x' is better, at the largest epoch that both have reported. Searches at random sample the "
+    "same configurations for every variant of a seed; model-based ones part ways after the first observations, so that "
+    "only their first trials form pairs. Rows of later epochs hold only pairs of which the scheduler let both trials "
+    "go on."
 )
 
 
@@ -49,18 +50,22 @@ def section(study: Study) -> Section:
         PAIRS_TEXT,
     ]
     scores = Scores.of(study)
-    for condition in study.conditions:
-        trials = configurations_of(study, condition)
-        if not trials.trials:
-            out.notes.append(f"{condition.label}: no configuration was started, so there are no rungs to show.")
-            continue
-        at, words = ruler(condition, trials)
-        if not at:
-            out.notes.append(f"{condition.label}: no epoch was reported, so that nothing reached a rung yet.")
-            continue
-        _add_survival(out, study, condition, trials, at, words)
-        _add_benefit(out, study, condition, trials, scores, at)
+    gather(out, {condition.label: _part(study, condition, scores) for condition in study.conditions})
     return out
+
+
+def _part(study: Study, condition: Condition, scores: "Scores") -> Section:
+    part, trials = Section("", ""), configurations_of(study, condition)
+    if not trials.trials:
+        part.notes.append("no configuration was started, so there are no rungs to show.")
+        return part
+    at, words = ruler(condition, trials)
+    if not at:
+        part.notes.append("no epoch was reported, so that nothing reached a rung yet.")
+        return part
+    _add_survival(part, study, condition, trials, at, words)
+    _add_benefit(part, condition, trials, scores, at)
+    return part
 
 
 # ---- survival
@@ -74,15 +79,13 @@ def levels(condition: Condition) -> tuple[list[int], bool]:
     Empty where the task has no ``max_epochs``.
     """
     scheduler, most = condition.config["scheduler"], condition.config["task"].get("max_epochs")
-    has_rungs = scheduler.get("eta") is not None
+    eta, grace_period = scheduler.get("eta"), scheduler.get("grace_period") or 1
+    has_rungs = isinstance(eta, int | float) and eta >= 2  # less is no reduction factor
     if not most:
         return [], has_rungs
-    eta, level = float(scheduler.get("eta") or RULER), float(scheduler.get("grace_period") or 1)
-    found = []
-    while level < most:
-        found.append(round(level))
-        level *= eta
-    return sorted({*found, int(most)}), has_rungs
+    factor = eta if has_rungs else RULER
+    below = (grace_period * factor**k for k in range(int(most).bit_length()))  # enough, as the factor is at least 2
+    return sorted({round(level) for level in below if level < most} | {int(most)}), has_rungs
 
 
 def ruler(condition: Condition, trials: Configurations) -> tuple[list[int], str]:
@@ -98,19 +101,20 @@ def ruler(condition: Condition, trials: Configurations) -> tuple[list[int], str]
 
 
 def _add_survival(
-    out: Section, study: Study, condition: Condition, trials: Configurations, at: Sequence[int], words: str
+    part: Section, study: Study, condition: Condition, trials: Configurations, at: Sequence[int], words: str
 ) -> None:
     rows = [row for variant in condition.variants for row in _survival(condition, trials, variant, at)]
     frame = pd.DataFrame(rows)
     caption = (
-        f"{condition.label}: how many of the started configurations reached each number of epochs ({words}). Number and share: mean over cells, with the share's 95 % bootstrap interval "
-        "over cells. Cells without a started configuration are left out; unfinished ones count as they stand."
+        f"{condition.label}: how many of the started configurations reached each number of epochs ({words}). Number "
+        "and share: mean over cells, with the share's 95 % bootstrap interval over cells. Cells without a started "
+        "configuration are left out; unfinished ones count as they stand."
     )
     name = file_name("rungs", *condition.words)
-    out.tables.append(Table(name, caption, frame, dict.fromkeys(("share", "CI low", "CI high"), percent)))
+    part.tables.append(Table(name, caption, frame, dict.fromkeys(("share", "CI low", "CI high"), percent)))
     curves: list[dict[str, Any]] = [
-        {"variant": variant, **{key: part[key].to_numpy(dtype=float) for key in part.columns if key != "variant"}}
-        for variant, part in frame.groupby("variant", sort=False)
+        {"variant": variant, **{key: own[key].to_numpy(dtype=float) for key in own.columns if key != "variant"}}
+        for variant, own in frame.groupby("variant", sort=False)
     ]
     cells = ", ".join(f"{curve['variant']} {int(curve['cells'][0])}" for curve in curves)
     caption = (
@@ -119,7 +123,7 @@ def _add_survival(
         f"Logarithmic axes; the variants are set apart a little sideways. Cells: {cells}."
     )
     data = {"curves": curves, "colors": {v: study.colors[v] for v in condition.variants}}
-    out.figures.append(Figure(name, caption, draw_survival, data))
+    part.figures.append(Figure(name, caption, draw_survival, data))
 
 
 def _survival(condition: Condition, trials: Configurations, variant: str, at: Sequence[int]) -> list[dict[str, Any]]:
@@ -161,7 +165,7 @@ def draw_survival(curves: Sequence[dict[str, Any]], colors: dict[str, Any]) -> A
         left.errorbar(at, share, ends, label=curve["variant"], elinewidth=1.0, **style)
         right.plot(at, _positive(curve["number"]), **style)
     ticks = sorted({int(level) for curve in curves for level in curve["epochs"]})
-    for axis, label in ((left, "configurations that got so far (%)"), (right, "configurations a cell")):
+    for axis, label in ((left, "share that got so far (%)"), (right, "configurations a cell")):
         axis.set(xscale="log", yscale="log", xlabel="epochs", ylabel=label)
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.xaxis.minorticks_off()
@@ -247,7 +251,7 @@ class Pairs:
 
 def pairs_of(condition: Condition, trials: Configurations, scores: Scores, variant: str) -> Pairs:
     """The pairs of ``variant``, of the first trial with a report on either side where an x was sampled repeatedly."""
-    group = _same_sample(trials)
+    group = trials.sample
     key = _trial_key(trials.frame)
     last = scores.last_epoch(key)
     own, off = (_first(group, np.flatnonzero((trials.variant == name) & (last > 0))) for name in (variant, OFF))
@@ -265,51 +269,37 @@ def pairs_of(condition: Condition, trials: Configurations, scores: Scores, varia
     return Pairs(variant, started, trials.seed[own][known], epoch[known], benefit[known], magnitude[known])
 
 
-def _same_sample(trials: Configurations) -> NDArray[np.int64]:
-    """A number for each trial (n,), equal for equal seed and exactly equal sampled x."""
-    columns = [trials.seed.astype(float), *np.where(np.isnan(trials.x), math.inf, trials.x)]
-    order = np.lexsort(columns[::-1])
-    changes = np.zeros(len(order), dtype=bool)
-    for column in columns:
-        changes[1:] |= column[order][1:] != column[order][:-1]
-    group = np.empty(len(order), dtype=np.int64)
-    group[order] = np.cumsum(changes)
-    return group
-
-
 def _first(group: NDArray[np.int64], places: NDArray[np.intp]) -> NDArray[np.intp]:
     """The first of ``places`` in each group."""
     return places[np.unique(group[places], return_index=True)[1]]
 
 
 def _add_benefit(
-    out: Section, study: Study, condition: Condition, trials: Configurations, scores: Scores, at: Sequence[int]
+    part: Section, condition: Condition, trials: Configurations, scores: Scores, at: Sequence[int]
 ) -> None:
     variants = [variant for variant in condition.variants if variant != OFF]
     if OFF not in condition.variants or not variants:
         lacking = "off cells (ohgw=off adds them)" if variants else "a variant besides off"
-        out.notes.append(f"{condition.label}: there are no pairs of x and x', for want of {lacking}.")
+        part.notes.append(f"there are no pairs of x and x', for want of {lacking}.")
         return
     found = [pairs_of(condition, trials, scores, variant) for variant in variants]
     without = [pairs.variant for pairs in found if not len(pairs.benefit)]
     if without:
-        out.notes.append(
-            f"{condition.label}: no trial of {', '.join(without)} has the x of a trial of off in its seed, with a "
-            "report of both."
+        part.notes.append(
+            f"no trial of {', '.join(without)} has the x of a trial of off in its seed, with a report of both."
         )
     found = [pairs for pairs in found if len(pairs.benefit)]
     if not found:
         return
     rows = [row for pairs in found for row in _benefit_rows(condition, pairs, at)]
     name = file_name("gradient-benefit", *condition.words)
-    out.tables.append(_benefit_table(condition, name, pd.DataFrame(rows)))
+    part.tables.append(_benefit_table(condition, name, pd.DataFrame(rows)))
     drawn = [pairs for pairs in found if np.count_nonzero(~np.isnan(pairs.magnitude)) >= DECILES]
     if drawn:
-        out.figures.append(_benefit_figure(condition, name, drawn, rows))
-    if left := [pairs.variant for pairs in found if pairs not in drawn]:
-        out.notes.append(
-            f"{condition.label}: the heat map lacks {', '.join(left)}, with fewer than {DECILES} pairs that have a "
-            "hyper-gradient."
+        part.figures.append(_benefit_figure(condition, name, drawn, rows))
+    if left := [pairs.variant for pairs in found if pairs.variant not in {pairs.variant for pairs in drawn}]:
+        part.notes.append(
+            f"the heat map lacks {', '.join(left)}, with fewer than {DECILES} pairs that have a hyper-gradient."
         )
 
 
