@@ -31,8 +31,8 @@ RULES = (
     "unit (an unfinished cell: where it stands now).",
     "effect: median over pairs (finished cells of one seed) of 1 - T/T_off, positive = sooner than off. Neither "
     "reached tau: 0. Only one did: the ratio is bounded by T > B of the other; where that leaves the median open, its "
-    "bounds are shown (>, <, to) and the interval covers all of it. 95 % interval: from order statistics (Hettmansperger "
-    "and Sheather), without the pairs where neither reached tau; none if fewer than six pairs are left.",
+    "bounds are shown (>, <, to) and the interval covers all of it. 95 % interval: from order statistics "
+    "(Hettmansperger and Sheather), without the pairs where neither reached tau; none if fewer than six are left.",
     "B: the end of the longest cell of these pairs (no other variant, no unfinished cell) or, if shorter, the budget "
     "configured in that unit. Under a budget in another unit only (epochs, trials) cells end at different times: one "
     "that ended before B without reaching tau is still read as T > B.",
