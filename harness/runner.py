@@ -24,7 +24,6 @@ from backends.pool import WorkerPool
 from backends.simulated import Counts
 from harness.curves import shown_counts
 from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, Shared, run_cell, trial_settings
-from harness.instantiate import instantiate
 from harness.progress import Display
 from harness.provenance import provenance
 from harness.record import CellBusy, CellPaths, cell_lock
@@ -117,10 +116,11 @@ def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], v
         Display(console, total, total - len(todo)) as display,
         _terminate_is_interrupt(),
         contextlib.closing(machinery),
+        contextlib.closing(_tracker(todo, display)) as tracker,
     ):
         try:
             for cell in todo:
-                _run_one(cell, machinery, display, meta, outcome)
+                _run_one(cell, machinery, tracker, display, meta, outcome)
                 if verbose:
                     _show_logs(_paths(cell), display)
         except KeyboardInterrupt:
@@ -131,9 +131,15 @@ def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], v
     return outcome
 
 
-def _run_one(cell: Cell, machinery: "_Machinery", display: Display, meta: dict[str, Any], outcome: Outcome) -> None:
+def _tracker(todo: list[Cell], display: Display) -> Guarded:
+    """One for all cells: no cell differs by it."""
+    return Guarded(todo[0].config["tracker"] if todo else {"_target_": "harness.tracking.NoTracker"}, display.message)
+
+
+def _run_one(
+    cell: Cell, machinery: "_Machinery", tracker: Guarded, display: Display, meta: dict[str, Any], outcome: Outcome
+) -> None:
     paths = _paths(cell)
-    tracker = Guarded(instantiate(cell.config["tracker"]), display.message)
 
     def on_event(recorder: Recorder, event: dict[str, Any]) -> None:
         display.update(recorder, event)
@@ -147,11 +153,12 @@ def _run_one(cell: Cell, machinery: "_Machinery", display: Display, meta: dict[s
             shared = machinery.for_cell(cell, display)
             display.start_cell(cell, resumed=paths.events.exists())
             tracker.start(cell, paths.root)
-            summary = None
             try:
                 summary = run_cell(cell, paths, shared, meta, on_event, display.message)
-            finally:
-                tracker.finish(summary)
+            except BaseException as error:
+                tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None)
+                raise
+            tracker.finish("finished", summary)
         outcome.finished.append(cell.folder)
         best, failures = summary["best_validation_score"], summary["model_failures"]
         fits = f", {failures} model fits failed" if failures else ""

@@ -84,8 +84,10 @@ class Backend:
 
 @dataclass
 class Tracker:
-    project: str = option("W&B project")
+    project: str = option("W&B project or MLflow experiment")
     entity: str | None = option("W&B team or user; null: your default")
+    uri: str | None = option("MLflow server or database; null: sqlite:///RESULTS_DIR/mlflow.db")
+    interval: float = option("seconds between two updates of a run's history", min=0)
 
 
 GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group without keys

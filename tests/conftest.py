@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+os.environ["NETRC"] = os.devnull  # tracker=auto must not find the account of whoever runs the tests
+os.environ.pop("WANDB_API_KEY", None)
+
 
 @pytest.fixture
 def environment() -> dict[str, str]:

@@ -1,99 +1,111 @@
-"""Experiment trackers. One run a cell; a tracker that fails warns once and the experiment goes on without it.
+"""Experiment trackers: one run a cell, in W&B (``wandb.py``) or MLflow (``mlflow.py``); a tracker that fails warns once
+and the experiment goes on.
 
-``conf/tracker/<name>.yaml`` names a class here by ``_target_``; its other entries are the constructor's arguments.
-The tracker's own package is imported only when a cell starts.
+``conf/tracker/<name>.yaml`` names a class (or a function that makes a tracker) by ``_target_``; its other entries are
+the arguments. One tracker serves all cells of a command. The tracker's own package is imported when the first cell
+starts, never by these modules. ``content.py`` has what all trackers show of a cell.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
+from harness.instantiate import instantiate
 from harness.recorder import Progress
 from harness.sweep import Cell
 
-
-class Tracker(Protocol):
-    """What a cell tells a tracker."""
-
-    def start(self, cell: Cell, folder: Path) -> None: ...
-
-    def event(self, event: dict[str, Any], progress: Progress) -> None: ...
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        """``summary`` is None if the cell was interrupted or failed."""
+Outcome = Literal["finished", "failed", "interrupted"]
+FAILING_CELLS = 3  # in a row, until the tracker is left out for the rest of the command
 
 
-class NoTracker:
+class MissingPackage(Exception):
+    """A tracker's own package is not installed; the message says how to install it."""
+
+
+class Tracker:
+    """What cells tell a tracker; by itself it does nothing. Any method may raise: see ``Guarded``."""
+
+    def open(self, say: Callable[[str], None]) -> None:
+        """Called once, before the first cell; ``say`` shows the user a line, now and later."""
+
+    def start(self, cell: Cell, folder: Path) -> None:
+        """A cell begins or goes on; ``folder`` is where its record is, or will be, written."""
+
+    def event(self, event: dict[str, Any], progress: Progress) -> None:
+        """An event that was just recorded, and the cell's running totals including it."""
+
+    def finish(self, outcome: Outcome, summary: dict[str, Any] | None) -> None:
+        """The cell has ended; ``summary`` (summary.json) is None unless it is finished."""
+
+    def close(self) -> None:
+        """Called once, after the last cell, whatever happened before."""
+
+
+class NoTracker(Tracker):
     """``tracker=none``."""
-
-    def start(self, cell: Cell, folder: Path) -> None:
-        pass
-
-    def event(self, event: dict[str, Any], progress: Progress) -> None:
-        pass
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        pass
-
-
-class WandbTracker:
-    """``tracker=wandb``: one W&B run a cell; offline (``wandb sync`` later) when nobody is logged in, never a prompt.
-
-    :param project: W&B project
-    :param entity: W&B team or user; None for the default one
-    """
-
-    def __init__(self, project: str = "ohgw", entity: str | None = None):
-        self.project, self.entity = project, entity
-
-    def start(self, cell: Cell, folder: Path) -> None:
-        import wandb
-
-        logged_in = wandb.Settings().api_key or wandb.api.api_key
-        self.run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            id=f"{cell.config['name']}-{cell.identity}",
-            resume="allow",  # an interrupted cell goes on in its own run
-            name=cell.folder,
-            group=f"{cell.scheduler}/{cell.task}",
-            job_type=cell.variant,
-            config=cell.config,
-            dir=str(folder),
-            mode="online" if logged_in else "offline",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def event(self, event: dict[str, Any], progress: Progress) -> None:
-        if event["e"] != "report":
-            return
-        result = event["result"]
-        row = {key: value for key, value in result.items() if isinstance(value, int | float)}
-        row |= {"trial": event["trial"], "wallclock": event["t"], "gpu_hours": progress.gpu_seconds / 3600}
-        self.run.log(row | {"incumbent/validation_score": progress.best, "trials": len(progress.trials)})
-
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        if summary:
-            self.run.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-        self.run.finish(exit_code=0 if summary else 1)
 
 
 class Guarded:
-    """A tracker whose failures are reported once and otherwise ignored."""
+    """A tracker whose failures never reach the experiment.
 
-    def __init__(self, tracker: Tracker, warn: Callable[[str], None]):
-        self._tracker, self._warn, self._alive = tracker, warn, True
+    The first failure is shown, later ones are not. A cell whose run failed to start, or failed later, is told nothing
+    more but its end, so that the run is closed; the next cell tries again, until ``FAILING_CELLS`` in a row failed.
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        method = getattr(self._tracker, name)
+    :param spec: a config's ``tracker`` entry: ``_target_`` and its arguments
+    :param say: shows the user a line
+    """
 
-        def call(*arguments: Any) -> None:
-            if not self._alive:
-                return
-            try:
-                method(*arguments)
-            except Exception as error:
-                self._alive = False
-                self._warn(f"the tracker failed ({type(error).__name__}: {error}); the experiment goes on without it")
+    def __init__(self, spec: Mapping[str, Any], say: Callable[[str], None]):
+        self._say = say
+        self._tracker = Tracker()
+        self._started = self._sound = self._warned = self._off = False
+        self._failing = 0  # cells in a row
+        try:
+            self._tracker = instantiate(spec)
+            self._tracker.open(say)
+        except Exception as error:
+            self._failed(error)
+            self._off = True
 
-        return call
+    def start(self, cell: Cell, folder: Path) -> None:
+        self._started = False
+        if not self._off:
+            self._sound = True
+            self._started = self._try(lambda: self._tracker.start(cell, folder))
+
+    def event(self, event: dict[str, Any], progress: Progress) -> None:
+        if self._started and self._sound:
+            self._try(lambda: self._tracker.event(event, progress))
+
+    def finish(self, outcome: Outcome, summary: dict[str, Any] | None) -> None:
+        if self._started:
+            self._try(lambda: self._tracker.finish(outcome, summary))
+        self._started = False
+        if self._off:
+            return
+        self._failing = 0 if self._sound else self._failing + 1
+        if self._failing == FAILING_CELLS:
+            self._off = True
+            self._say(f"the tracker failed in {FAILING_CELLS} cells in a row: the other cells run without it")
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> bool:
+        try:
+            call()
+        except Exception as error:
+            self._failed(error)
+            return False
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        self._sound = False
+        if not self._warned:
+            kind = "" if isinstance(error, MissingPackage) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
+            with contextlib.suppress(Exception):
+                self._say(f"warning: the tracker failed ({reason}); the experiment goes on without it")
+        self._warned = True
+        self._off = self._off or isinstance(error, MissingPackage)

@@ -1,0 +1,202 @@
+"""``tracker=wandb`` and ``tracker=auto``: one W&B run a cell, online where somebody is logged in, else offline."""
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import record
+from harness.record import CellPaths
+from harness.recorder import Progress
+from harness.sweep import Cell
+from harness.tracking import MissingPackage, NoTracker, Outcome, Tracker, account, content
+from harness.tracking.content import History, Table
+
+INIT_SECONDS = 30.0  # for W&B to answer when a run starts, else it is kept offline
+FINISH_SECONDS = 120.0  # for what is left to be uploaded when a run ends, else it is kept on disk
+
+
+def auto(project: str = "ohgw", entity: str | None = None, interval: float = 15.0) -> Tracker:
+    """``tracker=auto``: W&B if somebody is logged in (``account.configured``), else no tracker."""
+    if not account.configured():
+        return NoTracker()
+    return WandbTracker(project, entity, interval, chosen=False)
+
+
+class WandbTracker(Tracker):
+    """One W&B run a cell: id ``<name>-<identity>``, group scheduler/task, job type the variant, name the cell's folder.
+
+    Online if there is an API key, else offline; never a prompt. ``WANDB_MODE`` and ``wandb offline`` are obeyed. A
+    server that does not answer when a run starts makes this and all further runs of the command offline ones. All runs
+    keep a copy in ``<results_dir>/<name>/wandb``, from which ``wandb sync`` uploads what never arrived.
+
+    Requests: history goes out once every ``interval`` seconds (``content.History``, with W&B's own transmit interval
+    set to the same), W&B's client asks as often whether the run was stopped: 8 requests a minute and cell by default,
+    about 500 a minute, or 9 a second, from 64 cells at a time; W&B's limits for a project are in the hundreds a second.
+    A run's start and end are a few dozen requests more: tables and the artifact are sent once, at the end; system
+    metrics, console output, code and requirements are not sent at all.
+
+    A cell that goes on after an interruption goes on in its run. Steps are the cell's reports so far; online W&B leaves
+    out steps that it has already, so that a cell in virtual time, which starts again, adds nothing twice; offline each
+    attempt is a folder of its own, and ``wandb sync`` of all of them in their order (the shell's) makes one run.
+
+    :param project: W&B project
+    :param entity: W&B team or user; None for the default one
+    :param interval: seconds between two bursts of history rows
+    :param chosen: False: by ``auto``, which tells the user
+    """
+
+    def __init__(self, project: str = "ohgw", entity: str | None = None, interval: float = 15.0, chosen: bool = True):
+        self.project, self.entity, self.interval, self.chosen = project, entity, interval, chosen
+        self._say: Callable[[str], None] = lambda line: None
+        self._wandb: Any = None
+        self._run: Any = None
+        self._mode = ""
+        self._data_dir = False  # set by this tracker
+        self._offline: dict[Path, None] = {}  # folders that hold offline runs of this command
+
+    def open(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        if not self.chosen:
+            self._say(f"W&B: the cells are shown in your project {self.project}; tracker=none turns this off")
+
+    def start(self, cell: Cell, folder: Path) -> None:
+        self._set_up(folder.parent)
+        self._cell, self._folder = cell, folder
+        self._history = History(cell, folder, self.interval)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._begin()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _begin(self) -> None:
+        if self._mode == "online":
+            try:
+                self._run = self._init("online")
+            except Exception as error:
+                self._mode = "offline"
+                self._wandb.teardown()  # its service holds on to the run that did not start
+                self._wandb.setup(self._wandb.Settings(silent=True))
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self._say(f"warning: W&B cannot be reached ({reason}); runs are kept offline")
+        if self._run is None:
+            self._run = self._init(self._mode)
+        if self._mode == "offline":
+            self._offline[Path(self._run.dir).parent.parent] = None
+        for axis in content.AXES:
+            self._run.define_metric(axis)
+        for shown in ("incumbent/*", "rung/*", "trials", "failures"):
+            self._run.define_metric(shown, step_metric="wallclock")
+
+    def event(self, event: dict[str, Any], progress: Progress) -> None:
+        self._log(self._history.add(event, progress))
+
+    def finish(self, outcome: Outcome, summary: dict[str, Any] | None) -> None:
+        run, self._run = self._run, None
+        try:
+            self._log(self._history.rest(), run)
+            if outcome != "interrupted":  # whoever interrupts does not want to wait, and the cell will go on
+                self._log_end(run, outcome, summary)
+        finally:
+            run.finish(exit_code=0 if outcome == "finished" else 1)
+
+    def close(self) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._abandon()
+        finally:
+            for folder in self._offline:
+                shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+                runs = f"{shlex.quote(shown)}/offline-run-*"
+                self._say(f"W&B: this command's runs are offline, in {shown}; to upload them: wandb sync {runs}")
+            self._wandb.teardown()
+            if self._data_dir:
+                del os.environ["WANDB_DATA_DIR"]
+
+    def _abandon(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish(exit_code=1)
+
+    def _set_up(self, study: Path) -> None:
+        """Import W&B and find out the mode; once a command. W&B's service process serves all runs from then on."""
+        if self._wandb is not None:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingPackage(f"tracker=wandb needs W&B's package ({error}): pip install wandb") from None
+        self._wandb = wandb
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its client's own telemetry: as many requests again
+        if "WANDB_DATA_DIR" not in os.environ:  # copies that offline runs upload later: beside them
+            os.environ["WANDB_DATA_DIR"], self._data_dir = str(study / "wandb"), True
+        given = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        logged_in = account.configured() and (wandb.api.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
+        self._mode = given if given != "online" else "online" if logged_in else "offline"
+
+    def _init(self, mode: str) -> Any:
+        wandb, cell = self._wandb, self._cell
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            id=content.run_id(cell),
+            resume="allow",
+            name=cell.folder,
+            group=f"{cell.scheduler}/{cell.task}",
+            job_type=cell.variant,
+            config=cell.config,
+            dir=str(self._folder.parent),  # not the cell's folder: that may be replaced when the cell goes on
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                save_code=False,
+                x_disable_meta=True,  # meta.json has it
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                x_file_stream_transmit_interval=max(self.interval, 1.0),
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    def _log(self, rows: list[content.Row], run: Any = None) -> None:
+        for row in rows:
+            (run or self._run).log(row.values, step=row.step, commit=True)
+
+    def _log_end(self, run: Any, outcome: Outcome, summary: Mapping[str, Any] | None) -> None:
+        wandb, cell = self._wandb, self._cell
+        if summary is not None:
+            run.summary.update(content.flat_summary(cell, summary))
+        events, _ = record.read_events(CellPaths.of(self._folder).events)
+        trials = content.trial_table(events, cell.config["task"].get("mode", "max"))
+        rungs = content.rung_table(events, content.levels(cell.config))
+        shown = self._table(rungs)
+        run.log(
+            {
+                "trial_table": self._table(trials),
+                "rung_table": self._table(rungs),
+                "rung_survival": wandb.plot.bar(shown, "level", "trials", title="Trials that reached a rung"),
+            }
+        )
+        artifact = wandb.Artifact(
+            f"cell-{content.run_id(cell)}",
+            type="cell",
+            metadata={"folder": cell.folder, "name": cell.config["name"], "identity": cell.identity},
+        )
+        for file in content.files(self._folder):  # a failed cell's folder is renamed when it is run again: a copy
+            artifact.add_file(str(file), policy="immutable" if outcome == "finished" else "mutable", skip_cache=True)
+        run.log_artifact(artifact)
+
+    def _table(self, table: Table) -> Any:
+        return self._wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
