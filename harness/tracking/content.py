@@ -91,6 +91,10 @@ class History:
         self._now, self._sent = None, time.monotonic()
         return rows
 
+    def put_back(self, rows: Sequence[Row]) -> None:
+        """Rows that could not be sent: an interrupt came between. They are the first of the next ones."""
+        self._pending = [*rows, *self._pending]
+
     def _catch_up(self, progress: Progress) -> None:
         """What earlier attempts at the cell reported."""
         columns = record.report_columns(record.read_events(self._events)[0], self._mode)

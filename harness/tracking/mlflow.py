@@ -134,12 +134,13 @@ class MlflowTracker(Tracker):
         for batch in _batches(params, PARAMS_A_BATCH):
             self._client.log_batch(self._run, params=batch)
 
-    def _log_rows(self, rows: Iterable[Row]) -> None:
-        numbers = []
-        for row in rows:
-            self._step = row.step
-            numbers += [(key, value, row.step) for key, value in row.values.items()]
-        self._log_metrics(numbers)
+    def _log_rows(self, rows: Sequence[Row]) -> None:
+        try:
+            self._log_metrics([(key, value, row.step) for row in rows for key, value in row.values.items()])
+        except BaseException:
+            self._history.put_back(rows)
+            raise
+        self._step = max([self._step, *(row.step for row in rows)])
 
     def _log_metrics(self, numbers: Iterable[tuple[str, float, int]]) -> None:
         now, make = int(time.time() * 1000), self._mlflow.entities.Metric

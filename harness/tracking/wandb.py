@@ -14,7 +14,7 @@ from harness.tracking import MissingPackage, NoTracker, Outcome, Tracker, accoun
 from harness.tracking.content import History, Table
 
 INIT_SECONDS = 30.0  # for W&B to answer when a run starts, else it is kept offline
-FINISH_SECONDS = 120.0  # for what is left to be uploaded when a run ends, else it is kept on disk
+FINISH_SECONDS = 60.0  # for what is left to be uploaded when a run ends, else it is kept on disk
 
 
 def auto(project: str = "ohgw", entity: str | None = None, interval: float = 15.0) -> Tracker:
@@ -28,14 +28,14 @@ class WandbTracker(Tracker):
     """One W&B run a cell: id ``<name>-<identity>``, group scheduler/task, job type the variant, name the cell's folder.
 
     Online if there is an API key, else offline; never a prompt. ``WANDB_MODE`` and ``wandb offline`` are obeyed. A
-    server that does not answer when a run starts makes this and all further runs of the command offline ones. All runs
-    keep a copy in ``<results_dir>/<name>/wandb``, from which ``wandb sync`` uploads what never arrived.
+    server that does not answer when a run starts, or does not take its end, makes the runs from then on offline ones.
+    All runs keep a copy in ``<results_dir>/<name>/wandb``, from which ``wandb sync`` uploads what never arrived.
 
     Requests: history goes out once every ``interval`` seconds (``content.History``, with W&B's own transmit interval
-    set to the same), W&B's client asks as often whether the run was stopped: 8 requests a minute and cell by default,
-    about 500 a minute, or 9 a second, from 64 cells at a time; W&B's limits for a project are in the hundreds a second.
-    A run's start and end are a few dozen requests more: tables and the artifact are sent once, at the end; system
-    metrics, console output, code and requirements are not sent at all.
+    set to the same), 4 a minute and cell by default: 256 a minute from 64 cells at a time, or 4 a second, where W&B
+    allows hundreds a second for a project. A run's start and end are about 50 requests more: tables and the artifact
+    are sent once, at the end. System metrics, console output, code, requirements and the client's own telemetry are not
+    sent.
 
     A cell that goes on after an interruption goes on in its run. Steps are the cell's reports so far; online W&B leaves
     out steps that it has already, so that a cell in virtual time, which starts again, adds nothing twice; offline each
@@ -101,7 +101,7 @@ class WandbTracker(Tracker):
             if outcome != "interrupted":  # whoever interrupts does not want to wait, and the cell will go on
                 self._log_end(run, outcome, summary)
         finally:
-            run.finish(exit_code=0 if outcome == "finished" else 1)
+            self._finish(run, 0 if outcome == "finished" else 1)
 
     def close(self) -> None:
         if self._wandb is None:
@@ -110,7 +110,7 @@ class WandbTracker(Tracker):
             self._abandon()
         finally:
             for folder in self._offline:
-                shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+                shown = self._shown(folder)
                 runs = f"{shlex.quote(shown)}/offline-run-*"
                 self._say(f"W&B: this command's runs are offline, in {shown}; to upload them: wandb sync {runs}")
             self._wandb.teardown()
@@ -120,7 +120,22 @@ class WandbTracker(Tracker):
     def _abandon(self) -> None:
         run, self._run = self._run, None
         if run is not None:
-            run.finish(exit_code=1)
+            self._finish(run, 1)
+
+    def _finish(self, run: Any, exit_code: int) -> None:
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            self._mode = "offline"
+            rest = shlex.quote(self._shown(Path(run.dir).parent))
+            self._say(
+                f"warning: W&B did not take all of a run within {FINISH_SECONDS:.0f} s; to upload the rest: wandb sync "
+                f"{rest}; from now on runs are kept offline"
+            )
+
+    @staticmethod
+    def _shown(folder: Path) -> str:
+        return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
     def _set_up(self, study: Path) -> None:
         """Import W&B and find out the mode; once a command. W&B's service process serves all runs from then on."""
@@ -171,8 +186,12 @@ class WandbTracker(Tracker):
         )
 
     def _log(self, rows: list[content.Row], run: Any = None) -> None:
-        for row in rows:
-            (run or self._run).log(row.values, step=row.step, commit=True)
+        try:
+            for row in rows:
+                (run or self._run).log(row.values, step=row.step, commit=True)
+        except BaseException:
+            self._history.put_back(rows)  # W&B leaves out the steps that it has
+            raise
 
     def _log_end(self, run: Any, outcome: Outcome, summary: Mapping[str, Any] | None) -> None:
         wandb, cell = self._wandb, self._cell

@@ -26,6 +26,7 @@ from harness.tracking import wandb as ours
 from harness.tracking.content import History
 from tests.conftest import ROOT, read_lines
 from tests.harness.test_faults import wait_for
+from tests.harness.wandb_upload_server import Uploads, taking
 
 TINY = ["scheduler=asha", "task.model=mlp", "backend.threads=1", "n_workers=1", "budget.epochs=30"]
 
@@ -290,9 +291,7 @@ def test_a_cell_that_fails_closes_its_own_run_and_leaves_the_others_alone(tmp_pa
 
 def test_a_server_that_does_not_answer_makes_the_runs_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ours, "INIT_SECONDS", 1.0)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.chdir(tmp_path)
+    logged_in(monkeypatch, tmp_path, "http://127.0.0.1:9")
     plan = make_plan([*TINY, "ohgw=off", "seed=0,1", f"results_dir={tmp_path / 'results'}"])  # tracker=auto
     assert run_sweep(plan) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -301,6 +300,45 @@ def test_a_server_that_does_not_answer_makes_the_runs_offline(tmp_path, monkeypa
     assert sum("wandb sync" in line for line in lines) == 1
     assert not any("tracker failed" in line for line in lines)
     assert [run.exit_code for runs in offline_runs(tmp_path).values() for run in runs] == [0, 0]
+
+
+def logged_in(monkeypatch: pytest.MonkeyPatch, folder: Path, url: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.chdir(folder)
+
+
+def test_whoever_is_logged_in_has_the_runs_online(tmp_path, monkeypatch, capsys):
+    plan = make_plan([*TINY, "ohgw=off", "seed=0,1", f"results_dir={tmp_path / 'results'}"])  # tracker=auto
+    with taking(Uploads()) as uploads:
+        logged_in(monkeypatch, tmp_path, uploads.url)
+        assert run_sweep(plan) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("tracker=none turns this off" in line for line in lines) == 1
+    assert not any("tracker failed" in line or "wandb sync" in line for line in lines)
+    assert not offline_runs(tmp_path)
+    assert set(uploads.runs) == {content.run_id(cell) for cell in plan.cells}
+    for cell in plan.cells:
+        run = content.run_id(cell)
+        assert uploads.runs[run]["displayName"] == cell.folder
+        rows = [row for row in uploads.history(run) if "wallclock" in row]
+        events = read_lines(tmp_path / "results" / "default" / cell.folder / "events.jsonl")
+        assert changes(rows) == incumbents(events)
+        assert uploads.exit_codes(run) == [0]
+    assert sum(artifact["artifactTypeName"] == "cell" for artifact in uploads.created) == 2
+
+
+def test_a_server_that_stops_taking_uploads_holds_no_cell_up_for_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ours, "FINISH_SECONDS", 1.0)
+    plan = make_plan([*TINY, "ohgw=off", "seed=0,1", f"results_dir={tmp_path / 'results'}"])
+    with taking(Uploads(artifacts=False)) as uploads:
+        logged_in(monkeypatch, tmp_path, uploads.url)
+        assert run_sweep(plan) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("did not take all of a run" in line for line in lines) == 1
+    assert not any("tracker failed" in line for line in lines)
+    assert set(offline_runs(tmp_path)) == {content.run_id(plan.cells[1])}
+    assert list(tmp_path.rglob(f"run-*/run-{content.run_id(plan.cells[0])}.wandb")), "kept for wandb sync"
 
 
 def test_without_an_account_the_default_tracker_is_none_and_says_nothing(tmp_path, harness, environment):
@@ -332,10 +370,11 @@ scores = st.one_of(st.just(math.nan), st.sampled_from([0.1, 0.2, 0.5]), st.float
 @given(
     reports=st.lists(st.tuples(st.integers(0, 3), scores, scores), max_size=30),
     cuts=st.sets(st.integers(0, 30)),
+    lost=st.sets(st.integers(0, 30)),
     mode=st.sampled_from(["max", "min"]),
     errors=st.sets(st.integers(0, 30)),
 )
-def test_no_change_of_the_incumbent_is_lost_however_rows_are_collected(reports, cuts, mode, errors):
+def test_no_change_of_the_incumbent_is_lost_however_rows_are_collected(reports, cuts, lost, mode, errors):
     config = a_cell().config
     cell = Cell({**config, "task": {**config["task"], "mode": mode}})
     history, progress, rows = History(cell, Path("unused"), math.inf), Progress(), []
@@ -353,6 +392,8 @@ def test_no_change_of_the_incumbent_is_lost_however_rows_are_collected(reports, 
         rows += history.add(event, progress)
         if number in cuts:
             rows += history.rest()
+        elif number in lost:
+            history.put_back(history.rest())
     rows += history.rest()
     columns = record.report_columns(events, mode)
     known = dict(zip(columns["t"], zip(columns["best_validation_score"], columns["incumbent_test_score"], strict=True),
@@ -486,7 +527,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name, inst
 
 
 @pytest.mark.parametrize(
-    ("variables", "netrc", "settings", "logged_in"),
+    ("variables", "netrc", "settings", "expected"),
     [
         ({}, None, None, False),
         ({"WANDB_API_KEY": "k"}, None, None, True),
@@ -505,7 +546,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name, inst
         ({}, None, "no settings at all", False),
     ],
 )
-def test_who_is_logged_in_is_told_from_files(variables, netrc, settings, logged_in, tmp_path, monkeypatch):
+def test_who_is_logged_in_is_told_from_files(variables, netrc, settings, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     environment = variables | {"WANDB_CONFIG_DIR": str(tmp_path / "config"), "NETRC": str(tmp_path / "netrc")}
     if netrc:
@@ -513,4 +554,4 @@ def test_who_is_logged_in_is_told_from_files(variables, netrc, settings, logged_
     if settings:
         (tmp_path / "config").mkdir()
         (tmp_path / "config" / "settings").write_text(settings)
-    assert account.configured(environment) == logged_in
+    assert account.configured(environment) == expected
