@@ -252,15 +252,14 @@ def _effect(condition: Condition, compared: Compared) -> dict[str, Any]:
     """Effect on T@tau in wall-clock; unknown for off, without off, and without a target."""
     time = compared.time["wallclock"]
     effect = compared.effect.get("wallclock")
-    if math.isnan(condition.tau):
-        effect, median = None, math.nan
-    else:
-        median = time.median
+    median, censored = time.median, float(time.censored)
+    if math.isnan(condition.tau):  # nothing is censored where there is nothing to reach
+        effect, median, censored = None, math.nan, math.nan
     columns = ("effect", "effect, upper bound", "CI low", "CI high", "p")
     values = (math.nan,) * 5
     if effect is not None:
         values = (effect.low, effect.high, effect.ci_low, effect.ci_high, effect.p)
-    return {"pairs": effect.pairs if effect else 0, "T median (s)": median, "censored": time.censored,
+    return {"pairs": effect.pairs if effect else 0, "T median (s)": median, "censored": censored,
             **dict(zip(columns, values, strict=True))}  # fmt: skip
 
 

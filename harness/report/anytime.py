@@ -205,9 +205,10 @@ def _areas(conditions: Sequence[Condition], curves: Curves) -> Table:
         "auc_all",
         "Area under the curve: mean test score of the incumbent over wall-clock seconds from start (the latest first "
         "report of the condition's cells) to horizon (the end of its longest finished cell); cells that have ended "
-        "keep their last score. Median and quartiles over cells. Gain: median over pairs (finished cells of one "
-        "seed) of the difference to off, positive = better, with its 95 % interval (order statistics); p: two-sided "
-        "Wilcoxon signed-rank test of the differences, exact up to 200 pairs; Holm p: adjusted for all rows.",
+        "keep their last score, and n leaves out running ones without a score by the horizon. Median and quartiles "
+        "over cells. Gain: median over pairs (finished cells of one seed) of the difference to off, positive = "
+        "better, with its 95 % interval (order statistics); p: two-sided Wilcoxon signed-rank test of the "
+        "differences, exact up to 200 pairs; Holm p: adjusted for all rows.",
         frame,
         {"p": p_value, "Holm p": p_value},
     )
@@ -221,7 +222,8 @@ def horizon(cells: pd.DataFrame) -> float:
 
 def _area_rows(condition: Condition, curves: Curves) -> Iterator[dict[str, Any]]:
     groups, end = _scored(condition, curves), horizon(condition.cells)
-    start = max(curves[cell].times["wallclock"][0] for cells in groups.values() for cell in cells["cell"])
+    firsts = [curves[cell].times["wallclock"][0] for cells in groups.values() for cell in cells["cell"]]
+    start = max((first for first in firsts if first <= end), default=math.nan)  # a running cell may be far slower
     areas = {
         variant: cells.assign(
             area=[aggregate.area_under_curve(curve.times["wallclock"], curve.scores["test"], end, start)
@@ -237,7 +239,8 @@ def _area_rows(condition: Condition, curves: Curves) -> Iterator[dict[str, Any]]
             differences = sign * (paired["area_on"] - paired["area_off"]).dropna().to_numpy()
         low, high = median_interval(differences, differences)
         yield {
-            "condition": condition.label, "variant": variant, "n": len(cells), "start": start, "horizon": end,
+            "condition": condition.label, "variant": variant, "n": int(cells["area"].notna().sum()), "start": start,
+            "horizon": end,
             **_spread(cells["area"].to_numpy(dtype=float)), "pairs": len(differences), "gain": median_of(differences),
             "CI low": low, "CI high": high, "p": wilcoxon_signed_rank(differences),
         }  # fmt: skip
@@ -458,6 +461,8 @@ def blocks(conditions: Sequence[Condition]) -> Blocks:
     chosen = cells[cells[index].isin(kept) & cells[columns].isin(methods)]
     what = "tasks" if few else "conditions (task and scheduler)"
     words = f"blocks are {what}, scores medians over seeds"
+    if not few and len(set(chosen["task"])) < len(kept):
+        words += "; conditions of one task are not independent, so that p may be too small"
     seeds = len(kept) < aggregate.FEWEST_BLOCKS
     if seeds:
         words = (

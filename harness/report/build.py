@@ -1,9 +1,11 @@
 """Writes the whole report of a study: ``index.html``, ``verdict.json``, ``tables/`` and ``figures/``."""
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from harness.report import (
     time_to_target,
     verdict,
 )
-from harness.report.document import Section, write_figures, write_tables
+from harness.report.document import Section, with_unique_names, write_figures, write_tables
 from harness.report.study import Study
 
 SECTIONS: dict[str, Callable[[Study], Section]] = {  # in the order of the page
@@ -56,9 +58,11 @@ def write_report(study: Study, folder: str | Path) -> Report:
     """Write the report of ``study`` to ``folder``, in place of an earlier one there. Raises OSError.
 
     The new report is made beside the old one and takes its place when it is whole. An error in one section or figure
-    leaves out that part only; it is named in the page and in ``Report.broken``.
+    leaves out that part only; it is named in the page and in ``Report.broken``. FileExistsError where ``folder`` holds
+    tables or figures that are not an earlier report's.
     """
     folder = Path(folder)
+    _check_own(folder)
     report = Report(folder, [])
     for title, make in SECTIONS.items():
         try:
@@ -67,19 +71,28 @@ def write_report(study: Study, folder: str | Path) -> Report:
             report.broken[title] = traceback.format_exc()
             note = f"This section is missing: the report failed at it ({type(error).__name__}: {error})."
             report.sections.append(Section(title.lower().replace(" ", "-"), title, notes=[note]))
+    report.sections = with_unique_names(report.sections)
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".new-{os.getpid()}"
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         _write(study, report, fresh)
-        for part in sorted(fresh.iterdir(), key=lambda part: part.name == "index.html"):
-            _replace(part, folder / part.name)
+        for part in ("verdict.json", "tables", "figures", "index.html"):  # the first marks the others as a report's
+            _replace(fresh / part, folder / part)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return report
 
 
+def _check_own(folder: Path) -> None:
+    """The folders of an earlier report are replaced; someone's own of these names must not be."""
+    if (folder / "verdict.json").exists():
+        return
+    for part in ("tables", "figures"):
+        if (folder / part).exists():
+            raise FileExistsError(errno.EEXIST, "in the way, and not of an earlier report", str(folder / part))
+
+
 def _write(study: Study, report: Report, fresh: Path) -> None:
-    fresh.mkdir()
     for section in report.sections:
         write_tables(section.tables, fresh / "tables")
     figures = [figure for section in report.sections for figure in section.figures]

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,7 +10,7 @@ import pandas as pd
 from harness.record import plain
 from harness.report.compare import OFF, ranges
 from harness.report.document import Section, Table, ordered
-from harness.report.study import Study
+from harness.report.study import Condition, Study
 from harness.report.tables import counted, number
 from harness.space import Categorical, Float, Space
 
@@ -35,7 +35,7 @@ def provenance(study: Study) -> Section:
     """Commands, commits, versions and hardware, from the cells' meta.json; what could not be used."""
     section = Section("provenance", "Where the results come from")
     meta = study.results.meta
-    for title, values in _sources(meta).items():
+    for title, values in _sources(meta, study.results.commands).items():
         rows = [{title: value, "cells": len(cells)} for value, cells in values.items()]
         section.tables.append(Table(f"provenance_{title}", f"{title} of the cells", pd.DataFrame(rows)))
     lacking = [cell for cell in study.results.configs if cell not in meta]
@@ -51,7 +51,9 @@ def provenance(study: Study) -> Section:
     return section
 
 
-def _sources(meta: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+def _sources(
+    meta: Mapping[str, Mapping[str, Any]], commands: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, list[str]]]:
     """For each kind of source its values, each with its cells."""
     found: dict[str, dict[str, list[str]]] = {}
     for cell, entry in meta.items():
@@ -59,10 +61,9 @@ def _sources(meta: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[
         hardware = [entry.get("cpu"), f"{entry['cores']} cores" if "cores" in entry else None,
                     f"{entry['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in entry else None,
                     ", ".join(gpus) or "no GPU" if "gpus" in entry else None]  # fmt: skip
-        command = entry.get("command") or []
         packages = {"python": entry.get("python"), **entry.get("packages", {})}
         sources = {
-            "command": f"python -m harness {shlex.join(command[1:])}".strip() if command else None,
+            "command": _command(entry.get("command"), commands.get(cell)),
             "commit": entry.get("commit"),
             "versions": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
             "hardware": ", ".join(filter(None, hardware)),
@@ -73,31 +74,45 @@ def _sources(meta: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[
     return found
 
 
+def _command(typed: Any, arguments: Sequence[str] | None) -> str | None:
+    """What was typed: ``python -m harness`` with its arguments, or another program, which called the harness."""
+    if arguments is not None:
+        return f"python -m harness {shlex.join(arguments)}".strip()
+    return shlex.join(map(str, typed)) if isinstance(typed, list) and typed else None
+
+
 def _tasks(study: Study) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for task, conditions in _by(study, "task").items():
-        config = conditions[0].config["task"]
-        words = [f"model {config['model']}"] if "model" in config else []
-        words += [f"batches of {config['batch_size']}"] if "batch_size" in config else []
-        words += [f"at most {config['max_epochs']} epochs a trial"] if "max_epochs" in config else []
-        words += [f"label noise {config['label_noise']:g}"] if config.get("label_noise") else []
-        targets = sorted({number(c.tau, 4) for c in conditions if c.tau == c.tau})
-        goal = "at most" if conditions[0].mode == "min" else "at least"
-        aim = f"target: test {conditions[0].metric} {goal} {' or '.join(targets)}" if targets else "no target set"
-        space = conditions[0].space
-        share = conditions[0].discrete_share
-        size = f"{len(space)} hyperparameters ({100 * share:.0f} % discrete)"
-        lines.append(f"Task {task} (family {conditions[0].family}): {'; '.join([*words, size, aim])}.")
+        lines += dict.fromkeys(_task(task, condition, conditions) for condition in conditions)
     return lines
+
+
+def _task(task: str, condition: Condition, conditions: Sequence[Condition]) -> str:
+    """Of one condition; the targets are those of all ``conditions`` of the task."""
+    config = condition.config["task"]
+    words = [f"model {config['model']}"] if "model" in config else []
+    words += [f"batches of {config['batch_size']}"] if "batch_size" in config else []
+    words += [f"at most {config['max_epochs']} epochs a trial"] if "max_epochs" in config else []
+    words += [f"label noise {config['label_noise']:g}"] if config.get("label_noise") else []
+    targets = sorted({number(c.tau, 4) for c in conditions if c.tau == c.tau})
+    goal = "at most" if condition.mode == "min" else "at least"
+    aim = f"target: test {condition.metric} {goal} {' or '.join(targets)}" if targets else "no target set"
+    size = f"{len(condition.space)} hyperparameters ({100 * condition.discrete_share:.0f} % discrete)"
+    return f"Task {task} (family {condition.family}): {'; '.join([*words, size, aim])}."
 
 
 def _schedulers(study: Study) -> list[str]:
     lines = []
     for scheduler, conditions in _by(study, "scheduler").items():
-        config = conditions[0].config["scheduler"]
-        options = ", ".join(f"{k}={v}" for k, v in config.items() if not k.startswith("_") and v is not None)
-        lines.append(f"Scheduler {scheduler}: {config.get('_target_', '')}{f' ({options})' if options else ''}.")
+        words = " or ".join(dict.fromkeys(_scheduler(condition.config["scheduler"]) for condition in conditions))
+        lines.append(f"Scheduler {scheduler}: {words}.")
     return lines
+
+
+def _scheduler(config: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in config.items() if not k.startswith("_") and v is not None)
+    return f"{config.get('_target_', '')}{f' ({options})' if options else ''}"
 
 
 def _variants(study: Study) -> str:
@@ -143,9 +158,12 @@ def _conditions(study: Study) -> list[str]:
 def _spaces(study: Study) -> Table:
     rows = []
     for task, conditions in _by(study, "task").items():
-        for name, domain in conditions[0].space.domains.items():
-            rows.append({"task": task, "hyperparameter": name, **_domain(conditions[0].space, name),
-                         "OHGW": "moves" if isinstance(domain, Float) else "never moves"})  # fmt: skip
+        spaces = {repr(condition.space.domains): condition for condition in reversed(conditions)}
+        for condition in reversed(spaces.values()):
+            label = task if len(spaces) == 1 else condition.label
+            for name, domain in condition.space.domains.items():
+                rows.append({"task": label, "hyperparameter": name, **_domain(condition.space, name),
+                             "OHGW": "moves" if isinstance(domain, Float) else "never moves"})  # fmt: skip
     return Table("spaces_all", "Search spaces. Log: searched, and moved, in the natural logarithm.", pd.DataFrame(rows))
 
 

@@ -6,11 +6,12 @@ Markdown.
 """
 
 import functools
+import hashlib
 import math
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
     "svg.hashsalt": "report",
 }  # fmt: skip
+LONGEST_NAME = 200  # characters of a file name; file systems take 255 bytes, the ending and a temporary one included
 ORDER = ("off", "zero", "on", "direct", "normalized", "multistep", "random", "sign", "finite_difference", "masked")
 
 
@@ -70,9 +72,40 @@ class Section:
 
 
 def file_name(topic: str, *condition: object) -> str:
-    """``<topic>_<condition>`` of letters, digits, dots and hyphens: ``file_name("survival", "digits", "asha")``."""
+    """``<topic>_<condition>`` of letters, digits, dots and hyphens: ``file_name("survival", "digits", "asha")``.
+
+    Longer ones than LONGEST_NAME end in a digest instead. Other words can give the same name: ``with_unique_names``.
+    """
     words = (re.sub(r"[^A-Za-z0-9.]+", "-", str(word)).strip("-.") for word in condition)
-    return "_".join([topic, "-".join(word for word in words if word)]).rstrip("_")
+    name = "_".join([topic, "-".join(word for word in words if word)]).rstrip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(repr((topic, *map(str, condition))).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+
+
+def with_unique_names(sections: Sequence[Section]) -> list[Section]:
+    """The sections with a number after every name that an earlier table (or figure) has: no file overwrites another.
+
+    Names that differ in case only are the same to some file systems.
+    """
+    tables: set[str] = set()
+    figures: set[str] = set()
+    return [
+        replace(section, tables=[replace(table, name=_unused(table.name, tables)) for table in section.tables],
+                figures=[replace(figure, name=_unused(figure.name, figures)) for figure in section.figures])
+        for section in sections
+    ]  # fmt: skip
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """``name``, with a number where it is ``taken``, to which it is added."""
+    number, free = 1, name
+    while free.casefold() in taken:
+        number += 1
+        free = f"{name}-{number}"
+    taken.add(free.casefold())
+    return free
 
 
 def text_of(value: Any) -> str:

@@ -118,7 +118,8 @@ def load_results(path: str | Path) -> Results:
         results.trials = _frame(names, [cell.trials for cell in usable])
         results.coordinates = _frame(names, [cell.coordinates for cell in usable])
         for copy in copies:
-            results.configs.pop(copy, None)
+            for kept in (results.configs, results.meta, results.commands):
+                kept.pop(copy, None)
     return results
 
 
@@ -158,7 +159,7 @@ def _is_cell(path: Path) -> bool:
 
 def _load_cell(folder: Path) -> _Cell:
     paths = CellPaths.of(folder)
-    cell = _Cell(folder.name)
+    cell = _Cell(paths.folder)  # of "." as well
     try:
         _read_into(cell, paths)
     except OSError as error:

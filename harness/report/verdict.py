@@ -23,6 +23,7 @@ from harness.report.stats import (
     holm,
     paired_effect,
     pairs_needed,
+    rank_biserial,
     relative_drop,
     sd_ratio,
     signed_differences,
@@ -146,6 +147,8 @@ def _judge(condition: Condition, variant: str) -> Judged:
         _memory(pairs),
         _spread(sooner, off, budget, names),
     ]
+    if math.isnan(condition.tau):
+        criteria = [replace(c, why="no target is set") if c.name in ("sooner", "spread") else c for c in criteria]
     return Judged(
         condition.task, condition.scheduler, variant, condition.label, condition.family, condition.discrete_share,
         control, len(pairs), p, math.nan, {criterion.name: criterion for criterion in criteria},
@@ -153,14 +156,22 @@ def _judge(condition: Condition, variant: str) -> Judged:
 
 
 def _sooner(variant: Any, off: Any, budget: float, p: float, names: Sequence[str]) -> Criterion:
+    """The reduction; with p < LEVEL the test must also favour the variant: a few much longer times can outweigh in
+    ranks what most pairs gain."""
     effect = paired_effect(variant, off, budget)
     low, high = effect.ci
     known = _bounded(effect.low, effect.high)
     why = f"{known}, {_interval(low, high)}, p = {p_value(p)}"
     if len(variant) < FEWEST_PAIRS:
         return _few("sooner", len(variant), effect.low, low, high, known)
-    if effect.low >= REDUCTION and p < LEVEL:
+    favoured = rank_biserial(signed_differences(variant, off, budget)) > 0
+    if p < LEVEL and not favoured:
+        why += " in favour of off"
+    if effect.low >= REDUCTION and p < LEVEL and favoured:
         return Criterion("sooner", PASS, effect.low, low, high, math.nan, why)
+    if p < LEVEL and favoured and effect.low < REDUCTION <= effect.high:
+        why += ", open by censoring: a longer budget would tell, more seeds may not"
+        return Criterion("sooner", UNDECIDED, effect.low, low, high, math.nan, why)
     if high < REDUCTION:
         return Criterion("sooner", FAIL, effect.low, low, high, math.nan, why)
     needed = pairs_needed(variant, off, budget, rng(0, "power", *names), REDUCTION, alpha=LEVEL)
@@ -170,17 +181,24 @@ def _sooner(variant: Any, off: Any, budget: float, p: float, names: Sequence[str
 
 
 def _score(pairs: pd.DataFrame, mode: str) -> Criterion:
+    """Pairs in which only off has a score count as an infinite drop: left out, diverged cells would look harmless."""
     on, off = (pairs[f"incumbent_test_score_{side}"].to_numpy(dtype=float) for side in ("on", "off"))
-    drop = relative_drop(on, off, mode)
-    return _against("score", drop.n, drop.value, *drop.ci, SCORE_DROP, percent(drop.value, 2))
+    lost = np.isnan(on) & ~np.isnan(off)
+    drop = relative_drop(np.where(lost, -math.inf if mode == "max" else math.inf, on), off, mode)
+    shown = percent(drop.value, 2) + (f" ({lost.sum()} without a score)" if lost.any() else "")
+    return _against("score", drop.n, drop.value, *drop.ci, SCORE_DROP, shown)
 
 
 def _gpu_hours(pairs: pd.DataFrame) -> Criterion:
-    """Warm starts' busy seconds over all others of the same cells: a cost that is measured, not estimated."""
+    """Warm starts' busy seconds over all others of the same cell, median over pairs: measured, not estimated. Cells
+    that did nothing are left out."""
     warm = pairs["busy_warm_start_on"].to_numpy(dtype=float)
-    share = warm / (pairs["gpu_hours_on"].to_numpy(dtype=float) * 3600 - warm)
-    value = float(np.median(share)) if len(share) else math.nan
-    return _measured("gpu_hours", len(share), value, GPU_HOURS, percent(value, 2))
+    other = np.maximum(pairs["gpu_hours_on"].to_numpy(dtype=float) * 3600 - warm, 0.0)
+    there = warm + other > 0
+    with np.errstate(divide="ignore"):
+        share = warm[there] / other[there]
+    value = float(np.median(share)) if there.any() else math.nan
+    return _measured("gpu_hours", len(pairs), value, GPU_HOURS, percent(value, 2))
 
 
 def _memory(pairs: pd.DataFrame) -> Criterion:
@@ -189,11 +207,16 @@ def _memory(pairs: pd.DataFrame) -> Criterion:
     off = pairs["peak_memory_train_off"].to_numpy(dtype=float)
     there = (peak > 0) & (off > 0)
     value = float(np.median(peak[there] / off[there])) - 1 if there.any() else math.nan
-    return _measured("memory", int(there.sum()), value, MEMORY, percent(value, 2))
+    return _measured("memory", len(pairs), value, MEMORY, percent(value, 2))
 
 
 def _spread(variant: Any, off: Any, budget: float, names: Sequence[str]) -> Criterion:
+    """Where a side never reached the target, all of its times are the budget: an SD of 0 that says nothing of it."""
     ratio = sd_ratio(variant, off, budget, rng(0, "spread", *names))
+    never = [side for side, times in (("the variant", variant), ("off", off)) if np.isinf(times).all()]
+    if ratio.n >= FEWEST_PAIRS and never:
+        why = f"{' and '.join(never)} never reached the target"
+        return Criterion("spread", UNDECIDED, math.nan, math.nan, math.nan, math.nan, why)
     return _against("spread", ratio.n, ratio.value, *ratio.ci, SD, f"x {number(ratio.value, 3)}")
 
 
@@ -255,13 +278,18 @@ def _answer(counted: Sequence[Judged]) -> tuple[str, str]:
     )
     wanted = [entry.seeds for entry in counted if not math.isnan(entry.seeds)]
     if answer == UNDECIDED and wanted:
-        sentence += f" Seeds that would decide them: {_seeds(min(wanted))} to {_seeds(max(wanted))} a variant."
+        least, most = _seeds(min(wanted)), _seeds(max(wanted))
+        sentence += f" Seeds that would decide them: {least if least == most else f'{least} to {most}'} a variant."
     few = sum(entry.pairs < ENOUGH_PAIRS for entry in counted)
     return answer, sentence + (f" {few} have fewer than {ENOUGH_PAIRS} pairs: preliminary." if few else "")
 
 
 def _seeds(count: float) -> str:
-    return "-" if math.isnan(count) else f"more than {MOST_SEEDS}" if math.isinf(count) else f"{count:.0f}"
+    if math.isnan(count):
+        return "-"
+    if math.isinf(count):
+        return f"more than {MOST_SEEDS}"
+    return f"at least {count:.0f}" if count <= FEWEST_PAIRS else f"{count:.0f}"  # the fewest is no estimate
 
 
 # ---- as a section, and on the terminal
@@ -272,13 +300,16 @@ def section(study: Study) -> Section:
     verdict = judge(study)
     text = [verdict.sentence, "Criteria: " + "; ".join(f"{TITLES[name]}: {CRITERIA[name]}" for name in CRITERIA) + "."]
     how = (
-        "T@tau is in wall-clock seconds; the best score is the incumbent's on the test set; extra GPU-hours are warm "
-        "starts' busy seconds over the other busy seconds of the same cells; on a CPU the peak memory is the whole "
-        "process's. A criterion passes when its estimate meets it (the first one with p < 0.05, by Wilcoxon's "
-        "signed-rank test), fails when the estimate misses it and its 95 % interval lies beyond the threshold, or "
-        "there are as many seeds as the test needs, with 80 % power at the observed paired spread, for a reduction of "
-        f"just {REDUCTION:.0%}; in between it is undecided. Fewer than {FEWEST_PAIRS} pairs decide nothing. Holm p: "
-        "adjusted for all tuples of this report. Controls (zero, random) are judged and not counted."
+        "T@tau is in wall-clock seconds; the best score is the incumbent's on the test set, and a cell without one is "
+        "worse than any; extra GPU-hours are warm starts' busy seconds over the other busy seconds of the same cell, "
+        "median over pairs; extra peak memory is that of the whole trial, warm start included, over off's, median over "
+        "pairs (on a CPU it is the whole process's). A criterion passes when its estimate meets it (the first one with "
+        "p < 0.05 in favour of the variant, by Wilcoxon's signed-rank test), fails when the estimate misses it and its "
+        "95 % interval lies beyond the threshold, or there are as many seeds as the test needs, with 80 % power at the "
+        f"observed paired spread, for a reduction of just {REDUCTION:.0%}; in between it is undecided. So is a "
+        "significant reduction that censoring leaves open on both sides of the threshold, and a spread where a side "
+        f"never reached the target. Fewer than {FEWEST_PAIRS} pairs decide nothing. Holm p: adjusted for all tuples of "
+        "this report. Controls (zero, random) are judged and not counted."
     )
     if not verdict.tuples:
         return Section("verdict", "The verdict", [*text, how], notes=missing(study))

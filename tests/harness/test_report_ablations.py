@@ -158,7 +158,7 @@ def test_without_a_target_there_are_scores_and_no_effects(tmp_path):
         cell(50, tmp_path, variant, ohgw={"eta": eta}, keys={"task.tau": None, "task.taus": []})
     found = section(study(tmp_path))
     frame = found.tables[0].frame
-    assert frame[["effect", "CI low", "p", "T median (s)"]].isna().all(axis=None)
+    assert frame[["effect", "CI low", "p", "T median (s)", "censored"]].isna().all(axis=None)
     assert (frame["score"] == 0.95).all()
     drawn(found.figures[0])
 

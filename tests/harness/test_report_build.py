@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,12 @@ import time
 
 import pytest
 
-from harness.report import Study, build, load_results, write_report
+from harness.report import Study, build, description, load_results, write_report
 from harness.report import __main__ as command
 from harness.report.document import Figure, Section
 from tests.conftest import ROOT
 from tests.harness import degenerate_studies
-from tests.harness.fake_results import write_study
+from tests.harness.fake_results import FakeCell, write_study
 
 
 def small(monkeypatch, *titles):
@@ -147,3 +148,59 @@ def test_reading_only_needs_no_drawing_library(tmp_path, environment):
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, env=environment, capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_conditions_whose_names_differ_in_a_sign_only_have_files_of_their_own(tmp_path, monkeypatch):
+    small(monkeypatch, "Hyperparameters")
+    for noise, task in enumerate(("digits(shift=0.1)", "digits(shift=-0.1)")):
+        for variant in ("off", "on"):
+            FakeCell(variant=variant, task=task, keys={"task.shift": noise}).write(tmp_path)
+    report = write_report(Study(load_results(tmp_path / "default")), tmp_path / "out")
+    names = [figure.name for figure in report.sections[0].figures]
+    assert names == ["hyperparameters_digits-shift-0.1-pasha", "hyperparameters_digits-shift-0.1-pasha-2"]
+    for name in names:
+        assert (tmp_path / "out" / "figures" / f"{name}.pdf").exists()
+    assert "digits(shift=0.1)" in (tmp_path / "out" / "tables" / f"{names[1]}.md").read_text()
+
+
+def test_folders_of_a_user_are_not_replaced(tmp_path, monkeypatch, capsys):
+    small(monkeypatch, "The verdict")
+    path = write_study(tmp_path, ("off",), range(1))
+    own = tmp_path / "paper" / "figures" / "own.pdf"
+    own.parent.mkdir(parents=True)
+    own.write_text("drawn by hand")
+    assert command.main([str(path), "--out", str(tmp_path / "paper")]) == 2
+    assert "not of an earlier report" in capsys.readouterr().err
+    assert own.read_text() == "drawn by hand"
+    assert os.listdir(tmp_path / "paper") == ["figures"]
+
+
+def test_one_cell_is_reported_from_within_its_folder(tmp_path, monkeypatch):
+    small(monkeypatch, "The verdict", "Where the results come from")
+    paths = FakeCell().write(tmp_path)
+    monkeypatch.chdir(paths.root)
+    assert command.main(["."]) == 0
+    assert (paths.root / "report" / "index.html").exists()
+
+
+def test_the_command_is_what_was_typed_and_copies_are_not_counted(tmp_path):
+    FakeCell(seed=0, command=["/x/harness/__main__.py", "task=digits"]).write(tmp_path)
+    FakeCell(seed=1, command=["/x/study.py", "--fast"]).write(tmp_path)
+    shutil.copytree(tmp_path / "default" / FakeCell(seed=1).folder, tmp_path / "default" / "z-copy")
+    section = description.provenance(Study(load_results(tmp_path / "default")))
+    table = next(table for table in section.tables if table.name == "provenance_command")
+    assert dict(zip(table.frame["command"], table.frame["cells"], strict=True)) == {
+        "python -m harness task=digits": 1, "/x/study.py --fast": 1,
+    }  # fmt: skip
+
+
+def test_two_settings_under_one_label_are_both_described(tmp_path):
+    space = {"lr": {"lower": 0.1, "upper": 2.0}}
+    FakeCell().write(tmp_path)
+    FakeCell(variant="on", space=space, keys={"task.batch_size": 64, "scheduler.eta": 4}).write(tmp_path)
+    section = description.section(Study(load_results(tmp_path / "default")))
+    text = "\n".join(section.text)
+    assert "batches of 64" in text
+    assert "(eta=3)" in text
+    assert "(eta=4)" in text
+    assert sorted(section.tables[0].frame["upper"]) == [1.0, 2.0]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from harness.report.document import (
     Figure,
+    Section,
     Table,
     colors,
     file_name,
@@ -16,6 +17,7 @@ from harness.report.document import (
     markdown,
     ordered,
     text_of,
+    with_unique_names,
     write_figures,
     write_tables,
 )
@@ -94,3 +96,20 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
         write_figures([Figure("f", "", draw, {"n": 5})], tmp_path / folder)
     for ending in ("pdf", "png"):
         assert (tmp_path / "a" / f"f.{ending}").read_bytes() == (tmp_path / "b" / f"f.{ending}").read_bytes()
+
+
+def test_long_names_are_cut_and_stay_apart():
+    names = {file_name("survival", "digits", "x" * 300 + last) for last in "ab"}
+    assert len(names) == 2
+    assert max(map(len, names)) <= 200
+
+
+def test_equal_names_get_numbers_across_sections():
+    def tables(*names):
+        return [Table(name, "", FRAME) for name in names]
+
+    sections = [Section("a", "A", tables=tables("t_x", "t_X"), figures=[Figure("t_x", "", str, {})]),
+                Section("b", "B", tables=tables("t_x", "t_x-2"))]  # fmt: skip
+    named = with_unique_names(sections)
+    assert [table.name for section in named for table in section.tables] == ["t_x", "t_X-2", "t_x-3", "t_x-2-2"]
+    assert named[0].figures[0].name == "t_x"

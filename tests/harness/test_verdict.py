@@ -1,13 +1,26 @@
 import json
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
 from harness.report import load_results
 from harness.report.document import latex, markdown
+from harness.report.stats import signed_differences, wilcoxon_signed_rank
 from harness.report.study import Study
-from harness.report.verdict import FAIL, PASS, UNDECIDED, judge, print_verdict, section
+from harness.report.verdict import (
+    FAIL,
+    PASS,
+    UNDECIDED,
+    _gpu_hours,
+    _score,
+    _sooner,
+    judge,
+    print_verdict,
+    section,
+)
 from harness.seeds import rng
 from tests.harness.fake_results import FakeCell
 
@@ -167,3 +180,57 @@ def test_the_terminal_shows_what_keeps_a_tuple_from_passing(tmp_path):
     assert "undecided  digits / pasha / on, 8 pairs: sooner undecided (" in text
     assert "seeds needed:" in text
     assert text.splitlines()[-1] == judge(study).sentence
+
+
+def test_a_reduction_of_most_pairs_does_not_pass_where_the_test_favours_off():
+    short, long = 10 + 0.01 * np.arange(26), 50 + 0.1 * np.arange(24)
+    off, on = np.concatenate([short, long]), np.concatenate([0.8 * short, 1.9 * long])
+    p = wilcoxon_signed_rank(signed_differences(on, off, 100.0))
+    found = _sooner(on, off, 100.0, p, ("long",))
+    assert found.value == pytest.approx(0.2)
+    assert p < 0.05
+    assert found.status != PASS
+    assert "in favour of off" in found.why
+
+
+def test_a_reduction_that_censoring_leaves_open_is_undecided_however_many_seeds():
+    reached = 60.0 + np.arange(22)
+    off, on = np.append(reached, np.full(28, np.inf)), np.append(0.88 * reached, np.linspace(86, 95, 28))
+    p = wilcoxon_signed_rank(signed_differences(on, off, 100.0))
+    found = _sooner(on, off, 100.0, p, ("open",))  # between 12 % and 100 %
+    assert found.status == UNDECIDED
+    assert math.isnan(found.seeds)
+    assert "longer budget" in found.why
+
+
+def test_the_spread_of_a_side_that_never_reached_the_target_is_not_known(tmp_path):
+    on = [30, 40, 50, 45, 35, 25, 20, 55]
+    entry = only(write(tmp_path / "off", [None] * 8, on))
+    assert statuses(entry)["sooner"] == PASS
+    assert statuses(entry)["spread"] == UNDECIDED
+    assert entry.criteria["spread"].why == "off never reached the target"
+    assert only(write(tmp_path / "on", on, [None] * 8)).criteria["spread"].why == "the variant never reached the target"
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_cells_without_a_score_are_worse_than_any(mode):
+    scores = [0.9] * 5 + [math.nan] * 7
+    pairs = pd.DataFrame({"incumbent_test_score_on": scores, "incumbent_test_score_off": [0.9] * 12})
+    assert _score(pairs, mode).status != PASS
+    assert "7 without a score" in _score(pairs, mode).why
+    assert _score(pairs.iloc[:6], mode).status == PASS  # one of six: the median stays
+
+
+def test_cells_that_did_nothing_have_no_share_of_gpu_hours():
+    pairs = pd.DataFrame(
+        {"busy_warm_start_on": [0.0, 1.0, 1.0, 2.0], "gpu_hours_on": np.array([0.0, 51, 51, 2]) / 3600}
+    )
+    assert _gpu_hours(pairs).value == pytest.approx(0.02)
+    assert _gpu_hours(pairs.iloc[:1]).why == "not recorded"
+    assert _gpu_hours(pairs.iloc[3:]).status == FAIL  # nothing but warm starts
+
+
+def test_without_a_target_it_says_so_and_few_pairs_promise_nothing(tmp_path):
+    entry = only(write(tmp_path / "no", *times(3, 0.5), tau=None))
+    assert entry.criteria["sooner"].why == "no target is set"
+    assert "would decide them: at least 6 a variant" in judge(write(tmp_path / "few", *times(3, 0.5))).sentence
