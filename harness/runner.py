@@ -116,7 +116,7 @@ def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], v
         Display(console, total, total - len(todo)) as display,
         _terminate_is_interrupt(),
         contextlib.closing(machinery),
-        contextlib.closing(_tracker(todo, display)) as tracker,
+        contextlib.closing(_tracker(todo, display, meta)) as tracker,
     ):
         try:
             for cell in todo:
@@ -131,9 +131,10 @@ def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], v
     return outcome
 
 
-def _tracker(todo: list[Cell], display: Display) -> Guarded:
+def _tracker(todo: list[Cell], display: Display, meta: dict[str, Any]) -> Guarded:
     """One for all cells: no cell differs by it."""
-    return Guarded(todo[0].config["tracker"] if todo else {"_target_": "harness.tracking.NoTracker"}, display.message)
+    spec = todo[0].config["tracker"] if todo else {"_target_": "harness.tracking.NoTracker"}
+    return Guarded(spec, display.message, meta["time"])
 
 
 def _run_one(

@@ -21,7 +21,7 @@ from harness.record import write_atomic
 from harness.report.processes import cores, map_in_processes
 
 STYLE: Any = {
-    "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight", "pdf.fonttype": 42, "font.size": 9,
+    "figure.dpi": 100, "savefig.dpi": 150, "pdf.fonttype": 42, "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
     "svg.hashsalt": "report",
 }  # fmt: skip
@@ -216,10 +216,13 @@ def _save(figure: Figure, folder: Path) -> str | None:
     with pyplot.rc_context(STYLE):
         try:
             drawn = figure.draw(**figure.data)
+            drawn.draw_without_rendering()  # lays it out, once for both files
+            drawn.set_layout_engine("none")
+            box = drawn.get_tightbbox().padded(0.05)  # inches
             for ending in ("pdf", "png"):
                 metadata = {"CreationDate": None} if ending == "pdf" else {"Software": None}  # equal data, equal bytes
-                drawn.savefig(folder / f"{figure.name}.{ending}", format=ending, metadata=metadata)
-                drawn.set_layout_engine("none")  # laid out once: the second file takes half the time
+                target = folder / f"{figure.name}.{ending}"
+                drawn.savefig(target, format=ending, bbox_inches=box, metadata=metadata)
         except OSError:
             raise
         except Exception:

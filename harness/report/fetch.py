@@ -44,6 +44,7 @@ class _Source:
     run: str
     cell: str
     digest: str
+    logged: str  # when, ISO 8601
     names: tuple[str, ...]
     copy: Callable[[str, Path], None]
 
@@ -110,9 +111,10 @@ def _place_all(sources: list[_Source], target: Path) -> int:
 
 
 def _folders(sources: Iterable[_Source]) -> Iterator[tuple[str, _Source]]:
-    """A folder name for each cell: its own; a cell that was run twice has the run's id behind it."""
+    """A folder name for each cell: its own. Of a cell that was run again the newest finished run has it, the others
+    have the run's id behind it."""
     taken: set[str] = set()
-    for source in sources:
+    for source in sorted(sources, key=lambda source: ("summary.json" in source.names, source.logged), reverse=True):
         name = source.cell
         while name in taken:
             name += f".{source.run}"
@@ -150,7 +152,9 @@ def _note(folder: Path) -> Any:
         return None
 
 
-def _source(run: str, metadata: Any, digest: str, names: Iterable[str], copy: Callable[[str, Path], None]) -> _Source:
+def _source(
+    run: str, metadata: Any, digest: str, logged: str, names: Iterable[str], copy: Callable[[str, Path], None]
+) -> _Source:
     """Check what an artifact says about itself: a name becomes a folder's only if it can be nothing else."""
     cell = metadata.get("folder", run) if isinstance(metadata, dict) else run
     if not all(isinstance(word, str) and _FOLDER.fullmatch(word) for word in (cell, run)):
@@ -158,7 +162,7 @@ def _source(run: str, metadata: Any, digest: str, names: Iterable[str], copy: Ca
     names = set(names)
     if missing := [name for name in NEEDED if name not in names]:
         raise _LeftOut(f"its artifact lacks {' and '.join(missing)}")
-    return _Source(run, cell, digest, tuple(name for name in RECORDS if name in names), copy)
+    return _Source(run, cell, digest, logged, tuple(name for name in RECORDS if name in names), copy)
 
 
 # ---- from the server
@@ -184,7 +188,7 @@ def _of_run(run: Any) -> _Source | str:
         entries = newest.manifest.entries
         if any(name in entries and entries[name].ref is not None for name in RECORDS):
             raise _LeftOut("its artifact refers to files elsewhere")  # they could be any of this machine's
-        return _source(run.id, newest.metadata, newest.digest, entries, _Download(newest))
+        return _source(run.id, newest.metadata, newest.digest, newest.created_at, entries, _Download(newest))
     except _LeftOut as reason:
         return f"run {run.id}: {reason}"
 
@@ -290,8 +294,8 @@ def _of_file(file: Path) -> tuple[tuple[str, str], float, _Source | str]:
             entries = {entry.path: entry for entry in artifact.manifest.contents if entry.path in RECORDS}
             staged = _Staged(entries)
             staged.check()
-            metadata = json.loads(artifact.metadata or "{}")
-            return key, begun, _source(run.run_id, metadata, artifact.digest, entries, staged)
+            metadata, logged = json.loads(artifact.metadata or "{}"), run.start_time.ToJsonString()
+            return key, begun, _source(run.run_id, metadata, artifact.digest, logged, entries, staged)
         except _LeftOut as reason:
             return key, begun, f"run {run.run_id}: {reason}"
     except (_LeftOut, OSError, ValueError) as reason:
@@ -313,12 +317,18 @@ class _Staged:
                     f"its files for `wandb sync` are gone ({entry.local_path}): the results or W&B's data folder were "
                     "moved or removed, or are on another machine"
                 )
+            if not self._is(entry, Path(entry.local_path)):  # for example by the cell's next run, after a deletion
+                raise _LeftOut(f"{entry.local_path} is not the {name} that was logged: it has been changed since")
 
     def __call__(self, name: str, path: Path) -> None:
         entry = self.entries[name]
         shutil.copyfile(entry.local_path, path)
-        if _digest(path, {item.key: item.value_json for item in entry.extra}) != entry.digest:
-            raise ResultsError(f"{entry.local_path} is not the {name} that was logged: it has been changed since")
+        if not self._is(entry, path):
+            raise ResultsError(f"{entry.local_path} was changed while it was copied: try again")
+
+    @staticmethod
+    def _is(entry: Any, path: Path) -> bool:
+        return _digest(path, {item.key: item.value_json for item in entry.extra}) == entry.digest
 
 
 def _digest(path: Path, extra: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from harness.instantiate import instantiate
 from harness.recorder import Progress
 from harness.sweep import Cell
+from harness.tracking import content
 
 Outcome = Literal["finished", "failed", "interrupted"]
 FAILING_CELLS = 3  # in a row, until the tracker is left out for the rest of the command
@@ -29,8 +30,9 @@ class Tracker:
     def open(self, say: Callable[[str], None]) -> None:
         """Called once, before the first cell; ``say`` shows the user a line, now and later."""
 
-    def start(self, cell: Cell, folder: Path) -> None:
-        """A cell begins or goes on; ``folder`` is where its record is, or will be, written."""
+    def start(self, cell: Cell, folder: Path, run: str) -> None:
+        """A cell begins or goes on; ``folder`` is where its record is, or will be, written, ``run`` the id of its run
+        (``content.run_id``): one that is known already goes on."""
 
     def event(self, event: dict[str, Any], progress: Progress) -> None:
         """An event that was just recorded, and the cell's running totals including it."""
@@ -54,10 +56,12 @@ class Guarded:
 
     :param spec: a config's ``tracker`` entry: ``_target_`` and its arguments
     :param say: shows the user a line
+    :param now: unix seconds at which the command began, as in meta.json
     """
 
-    def __init__(self, spec: Mapping[str, Any], say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, spec: Mapping[str, Any], say: Callable[[str], None], now: float):
+        self._say, self._now = say, now
+        self._run: tuple[Cell, Path, str] | None = None
         self._tracker = Tracker()
         self._started = self._sound = self._warned = self._off = False
         self._failing = 0  # cells in a row
@@ -72,11 +76,25 @@ class Guarded:
         self._started = False
         if not self._off:
             self._sound = True
-            self._started = self._try(lambda: self._tracker.start(cell, folder))
+            self._started = self._try(lambda: self._start(cell, folder))
+
+    def _start(self, cell: Cell, folder: Path) -> None:
+        self._run = (cell, folder, content.run_id(cell, folder, self._now))
+        self._tracker.start(*self._run)
 
     def event(self, event: dict[str, Any], progress: Progress) -> None:
+        if self._started and event.get("run") == 1:
+            self._try(self._check_record)
         if self._started and self._sound:
             self._try(lambda: self._tracker.event(event, progress))
+
+    def _check_record(self) -> None:
+        """A record is begun; if there was one to continue when the run started, it was set aside: start another run."""
+        assert self._run is not None
+        cell, folder, run = self._run
+        if run != content.run_id(cell, folder, self._now):
+            self.finish("interrupted", None)
+            self.start(cell, folder)
 
     def finish(self, outcome: Outcome, summary: dict[str, Any] | None) -> None:
         if self._started:

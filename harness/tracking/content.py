@@ -3,9 +3,11 @@
 History keys: ``wallclock`` (seconds of the cell), ``gpu_hours`` and ``epochs`` (reports of all trials together) are
 the x axes; ``incumbent/validation_score`` and ``incumbent/test_score``; ``trials`` and ``failures`` so far;
 ``rung/<level>``: trials that reached that number of epochs. A row's step is ``epochs``, so that the rows of a cell that
-goes on after an interruption follow those of its earlier attempts.
+goes on after an interruption follow those of its earlier attempts. A record is one run: a cell that starts afresh (its
+record was deleted or set aside) gets another one, because its steps start again, too.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -27,9 +29,27 @@ RULER = 3.0  # eta of the levels at which schedulers without rungs are read
 NOT_X = ("epochs",)  # what a configuration has besides hyperparameters
 
 
-def run_id(cell: Cell) -> str:
-    """``<name>-<identity>``, in characters that every tracker takes: the same for every attempt at a cell."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{cell.config['name']}-{cell.identity}")
+NAME_LENGTH = 40  # characters of a study's name in a run's id: W&B takes 64 in all
+
+
+def run_id(cell: Cell, folder: Path, now: float) -> str:
+    """``<name>-<identity>-<start of the record>``, in characters that every tracker takes: the same for every attempt.
+
+    The start is in unix seconds, hexadecimal; ``now`` (the time in the command's meta.json) where the record in
+    ``folder`` will not be continued. A longer name is cut, with a digest of the whole one.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", cell.config["name"])
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(cell.config['name'].encode()).hexdigest()[:8]}"
+    return f"{name}-{cell.identity}-{int(_start(cell, folder, now)):x}"
+
+
+def _start(cell: Cell, folder: Path, now: float) -> float:
+    events, problems = record.read_events(CellPaths.of(folder).events)
+    failed = bool(events) and events[-1]["e"] == "close" and events[-1]["why"] == "failed"
+    if not events or failed or any(problem.fatal for problem in problems):
+        return now
+    return events[0].get("time", now)  # in virtual time there is none: such a cell always starts afresh
 
 
 def levels(config: Mapping[str, Any]) -> list[int]:
@@ -73,7 +93,7 @@ class History:
         if kind == "open":
             self._reset()
             if progress.epochs:
-                self._catch_up(progress)
+                self._catch_up(event)
         elif kind in ("report", "error"):
             self._now = (event["t"], progress)
             if kind == "report":
@@ -84,9 +104,9 @@ class History:
 
     def rest(self) -> list[Row]:
         """All rows that were not given out yet, the present state last."""
+        if self._now is not None:
+            self._keep()
         rows, self._pending = self._pending, []
-        if self._now is not None and (last := self._row()).step > self._given:  # a step is given out once
-            rows = [*(row for row in rows if row.step < last.step), last]
         self._given = max([self._given, *(row.step for row in rows)])
         self._now, self._sent = None, time.monotonic()
         return rows
@@ -95,21 +115,36 @@ class History:
         """Rows that could not be sent: an interrupt came between. They are the first of the next ones."""
         self._pending = [*rows, *self._pending]
 
-    def _catch_up(self, progress: Progress) -> None:
-        """What earlier attempts at the cell reported."""
-        columns = record.report_columns(record.read_events(self._events)[0], self._mode)
-        self._given = progress.epochs
-        self._best, self._test = progress.best, columns["incumbent_test_score"][-1]
-        for epoch in columns["epoch"]:
-            if epoch in self._reached:
-                self._reached[epoch] += 1
+    def _catch_up(self, opened: Mapping[str, Any]) -> None:
+        """The rows of earlier attempts, from the record, ``interval`` seconds of the cell apart: a tracker may lack the
+        last ones, or all of them. It leaves out the steps that it has."""
+        past, shown = Progress(), -math.inf
+        for event in record.read_events(self._events)[0]:
+            if event["e"] == "open" and event["run"] == opened["run"]:
+                break
+            past.apply(event, self._mode)
+            if event["e"] == "report":
+                self._now = (event["t"], past)
+                self._report(event["result"], past)
+                if event["t"] - shown >= self._interval:
+                    self._keep()
+                    shown = event["t"]
+        if self._now is not None:
+            self._keep()
+        self._now = None
 
     def _report(self, result: Mapping[str, Any], progress: Progress) -> None:
         if result["epoch"] in self._reached:
             self._reached[result["epoch"]] += 1
         if progress.best != self._best:
             self._best, self._test = progress.best, result["test_score"]
-            self._pending.append(self._row())
+            self._keep()
+
+    def _keep(self) -> None:
+        """Make a row of the present state; each step has one, the first: of an incumbent, that is its own time."""
+        row = self._row()
+        if row.step > max([self._given, *(row.step for row in self._pending[-1:])]):
+            self._pending.append(row)
 
     def _row(self) -> Row:
         assert self._now is not None

@@ -31,8 +31,9 @@ T = TypeVar("T")
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run a cell, in the experiment ``project``; its tag ``cell_id`` says to which cell it belongs, and a
-    cell that goes on after an interruption finds its run by it. Ends FINISHED, FAILED or KILLED.
+    """One MLflow run a cell, in the experiment ``project``; its tag ``cell_id`` (``content.run_id``) says to which
+    record it belongs, and a cell that goes on after an interruption finds its run by it. Ends FINISHED, FAILED or
+    KILLED.
 
     Parameters are the flattened config, metrics the history (``content.History``: one request every ``interval``
     seconds) and the numbers of summary.json, tags its texts; the record's files are artifacts under ``cell/``, the
@@ -56,18 +57,18 @@ class MlflowTracker(Tracker):
     def open(self, say: Callable[[str], None]) -> None:
         self._say = say
 
-    def start(self, cell: Cell, folder: Path) -> None:
+    def start(self, cell: Cell, folder: Path, run: str) -> None:
         self._set_up(Path(cell.config["results_dir"]).absolute())
         self._cell, self._folder, self._step = cell, folder, 0
         self._history = History(cell, folder, self.interval)
-        identifier = content.run_id(cell)
-        known = self._client.search_runs([self._experiment], f"tags.cell_id = '{identifier}'", max_results=1)
+        known = self._client.search_runs([self._experiment], f"tags.cell_id = '{run}'", max_results=1)
         if known:
             self._run = known[0].info.run_id
+            self._step = int(known[0].data.metrics.get("epochs", 0))
             self._client.update_run(self._run, status="RUNNING")
         else:
             group = f"{cell.scheduler}/{cell.task}"
-            tags = {"cell_id": identifier, "group": group, "job_type": cell.variant, "variant": cell.variant,
+            tags = {"cell_id": run, "group": group, "job_type": cell.variant, "variant": cell.variant,
                     "seed": str(cell.seed)}  # fmt: skip
             self._run = self._client.create_run(self._experiment, tags=tags, run_name=cell.folder).info.run_id
         try:
@@ -135,6 +136,7 @@ class MlflowTracker(Tracker):
             self._client.log_batch(self._run, params=batch)
 
     def _log_rows(self, rows: Sequence[Row]) -> None:
+        rows = [row for row in rows if row.step > self._step]
         try:
             self._log_metrics([(key, value, row.step) for row in rows for key, value in row.values.items()])
         except BaseException:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def auto(project: str = "ohgw", entity: str | None = None, interval: float = 15.
 
 
 class WandbTracker(Tracker):
-    """One W&B run a cell: id ``<name>-<identity>``, group scheduler/task, job type the variant, name the cell's folder.
+    """One W&B run a cell: id ``content.run_id``, group scheduler/task, job type the variant, name the cell's folder.
 
     Online if there is an API key, else offline; never a prompt. ``WANDB_MODE`` and ``wandb offline`` are obeyed. A
     server that does not answer when a run starts, or does not take its end, makes the runs from then on offline ones.
@@ -37,9 +38,9 @@ class WandbTracker(Tracker):
     are sent once, at the end. System metrics, console output, code, requirements and the client's own telemetry are not
     sent.
 
-    A cell that goes on after an interruption goes on in its run. Steps are the cell's reports so far; online W&B leaves
-    out steps that it has already, so that a cell in virtual time, which starts again, adds nothing twice; offline each
-    attempt is a folder of its own, and ``wandb sync`` of all of them in their order (the shell's) makes one run.
+    A cell that goes on after an interruption goes on in its run. Online, it adds the steps that W&B does not have yet.
+    Offline, ``wandb sync`` writes a folder over what it uploaded of the same run before (wandb/wandb issue 3841): the
+    folder of the new attempt has the whole history, and those of earlier attempts are removed.
 
     :param project: W&B project
     :param entity: W&B team or user; None for the default one
@@ -61,9 +62,9 @@ class WandbTracker(Tracker):
         if not self.chosen:
             self._say(f"W&B: the cells are shown in your project {self.project}; tracker=none turns this off")
 
-    def start(self, cell: Cell, folder: Path) -> None:
+    def start(self, cell: Cell, folder: Path, run: str) -> None:
         self._set_up(folder.parent)
-        self._cell, self._folder = cell, folder
+        self._cell, self._folder, self._id = cell, folder, run
         self._history = History(cell, folder, self.interval)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -83,6 +84,8 @@ class WandbTracker(Tracker):
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 self._say(f"warning: W&B cannot be reached ({reason}); runs are kept offline")
         if self._run is None:
+            if self._mode == "offline":
+                self._remove_earlier()
             self._run = self._init(self._mode)
         if self._mode == "offline":
             self._offline[Path(self._run.dir).parent.parent] = None
@@ -90,6 +93,10 @@ class WandbTracker(Tracker):
             self._run.define_metric(axis)
         for shown in ("incumbent/*", "rung/*", "trials", "failures"):
             self._run.define_metric(shown, step_metric="wallclock")
+
+    def _remove_earlier(self) -> None:
+        for attempt in (self._folder.parent / "wandb").glob(f"offline-run-*_*-{self._id}"):
+            shutil.rmtree(attempt)
 
     def event(self, event: dict[str, Any], progress: Progress) -> None:
         self._log(self._history.add(event, progress))
@@ -158,7 +165,7 @@ class WandbTracker(Tracker):
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            id=content.run_id(cell),
+            id=self._id,
             resume="allow",
             name=cell.folder,
             group=f"{cell.scheduler}/{cell.task}",
@@ -186,9 +193,11 @@ class WandbTracker(Tracker):
         )
 
     def _log(self, rows: list[content.Row], run: Any = None) -> None:
+        run = run or self._run
         try:
             for row in rows:
-                (run or self._run).log(row.values, step=row.step, commit=True)
+                if row.step >= run.starting_step:
+                    run.log(row.values, step=row.step, commit=True)
         except BaseException:
             self._history.put_back(rows)  # W&B leaves out the steps that it has
             raise
@@ -209,7 +218,7 @@ class WandbTracker(Tracker):
             }
         )
         artifact = wandb.Artifact(
-            f"cell-{content.run_id(cell)}",
+            f"cell-{self._id}",
             type="cell",
             metadata={"folder": cell.folder, "name": cell.config["name"], "identity": cell.identity},
         )

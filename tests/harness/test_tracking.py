@@ -149,7 +149,8 @@ def test_a_run_names_its_cell_and_holds_its_config(study):
     for cell, run in each(study):
         config = yaml.safe_load((cell / "config.yaml").read_text())
         labels = config["labels"]
-        assert run.run.run_id == f"a-b-{labels['identity']}"
+        begun = int(read_lines(cell / "events.jsonl")[0]["time"])
+        assert run.run.run_id == f"a-b-{labels['identity']}-{begun:x}"
         assert run.run.project == "pairs"
         assert run.run.run_group == f"{labels['scheduler']}/{labels['task']}"
         assert run.run.job_type == labels["variant"]
@@ -245,33 +246,99 @@ def test_in_virtual_time_a_cell_of_milliseconds_has_its_whole_incumbent_curve(tm
         assert run.exit_code == 0
 
 
-@pytest.mark.slow
-def test_a_cell_that_goes_on_after_an_interrupt_goes_on_in_its_run(tmp_path, start_harness):
-    words = ["scheduler=asha", "task.model=mlp", "n_workers=1", "backend.threads=1", "ohgw=off", "tracker=wandb"]
+def interrupt(start_harness, folder: Path, number: signal.Signals, attempt: int = 1) -> None:
+    """Run a cell without an end in ``folder``, or go on with it, until it has reports; then send it a signal."""
 
     def reports() -> list[int]:
         """Number of reports of each attempt."""
-        (log,) = tmp_path.rglob("events.jsonl") if list(tmp_path.rglob("events.jsonl")) else [tmp_path / "none"]
-        kinds = [event["e"] for event in read_lines(log)]
+        kinds = [event["e"] for log in folder.glob("*/*/events.jsonl") for event in read_lines(log)]
         return [part.count("report") for part in " ".join(kinds).split("open")[1:]]
 
-    for attempt in (1, 2):
-        process = start_harness(*words, "budget.epochs=100000")
-        wait_for(lambda: len(reports()) == attempt and reports()[-1] >= 10)  # noqa: B023
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    (log,) = tmp_path.rglob("events.jsonl")
-    (runs,) = offline_runs(tmp_path).values()
-    assert len(runs) == 2
-    assert [run.exit_code for run in runs] == [1, 1]
-    steps = [row["_step"] for run in runs for row in run.rows]
-    assert steps == sorted(set(steps)), "one history after both are uploaded"
+    words = ["scheduler=asha", "task.model=mlp", "n_workers=1", "backend.threads=1", "ohgw=off", "tracker=wandb"]
+    process = start_harness(*words, "budget.epochs=100000", "tracker.interval=1", f"results_dir={folder}")
+    wait_for(lambda: len(reports()) == attempt and reports()[-1] >= 10)
+    process.send_signal(number)
+    assert process.wait(timeout=60) in (130, -number)
+
+
+def check_whole(rows: list[dict], log: Path) -> None:
+    """``rows`` are the one, whole history of the record."""
     events = read_lines(log)
-    joined = [row for run in runs for row in run.rows]
-    assert changes(joined) == incumbents(events)
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert changes(rows) == incumbents(events)
     epochs = [event["result"]["epoch"] for event in events if event["e"] == "report"]
-    assert joined[-1]["rung/1"] == epochs.count(1)
-    assert joined[-1]["epochs"] == len(epochs)
+    assert rows[-1]["epochs"] == len(epochs)
+    assert rows[-1]["rung/1"] == epochs.count(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGKILL])
+def test_a_cell_that_goes_on_has_one_run_with_the_whole_history_after_wandb_sync(
+    first, tmp_path, start_harness, environment
+):
+    for attempt, number in enumerate([first, signal.SIGINT], 1):
+        interrupt(start_harness, tmp_path, number, attempt)
+        if number == signal.SIGKILL:
+            continue  # what the run's file holds is left to chance
+        ((run,),) = offline_runs(tmp_path).values()
+        with taking(Uploads()) as uploads:
+            account = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": uploads.url}
+            words = [sys.executable, "-m", "wandb", "sync", "--include-synced", str(run.file.parent)]
+            env = environment | account
+            done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        (uploaded,) = uploads.runs
+    assert uploaded == run.run.run_id
+    assert run.exit_code == 1
+    (log,) = tmp_path.rglob("events.jsonl")
+    check_whole(run.rows, log)
+    check_whole(uploads.history(uploaded), log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGKILL])
+def test_a_cell_that_goes_on_goes_on_in_its_run_online(first, tmp_path, start_harness, environment):
+    with taking(Uploads()) as uploads:
+        environment |= {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": uploads.url}
+        interrupt(start_harness, tmp_path, first)
+        interrupt(start_harness, tmp_path, signal.SIGINT, 2)
+        (run,) = uploads.runs
+        (log,) = tmp_path.rglob("events.jsonl")
+        check_whole(uploads.history(run), log)
+        log.unlink()  # the cell starts afresh
+        interrupt(start_harness, tmp_path, signal.SIGINT)
+        (other,) = set(uploads.runs) - {run}
+        (log,) = (file for file in tmp_path.rglob("events.jsonl"))
+        check_whole(uploads.history(other), log)
+
+
+def test_a_record_that_cannot_be_continued_and_its_successor_have_a_run_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan([*TINY, "ohgw=off", "tracker=wandb", f"results_dir={tmp_path / 'results'}"])
+    assert run_sweep(plan) == 0
+    (cell,) = (path.parent for path in tmp_path.rglob("summary.json"))
+    (cell / "summary.json").unlink()
+    events = read_lines(cell / "events.jsonl")[:-1]
+    events[0]["time"] -= 60
+    next(event for event in events if event["e"] == "report")["decision"] = "of another scheduler"
+    (cell / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert run_sweep(plan) == 0
+    output = capsys.readouterr().out
+    assert "set aside" in output
+    assert "tracker failed" not in output
+    runs = {name: run.exit_code for name, (run,) in offline_runs(tmp_path).items()}
+    aside = f"default-{plan.cells[0].identity}-{int(events[0]['time']):x}"
+    assert runs.pop(aside) == 1
+    assert set(runs.values()) == {0}
+    assert runs
+
+
+def test_a_long_name_of_a_study_makes_no_longer_id(tmp_path):
+    first, second = (make_plan(["ohgw=off", f"name={'n' * 99}{letter}"]).cells[0] for letter in "ab")
+    ids = {content.run_id(cell, tmp_path, 1.8e9) for cell in (first, second)}
+    assert len(ids) == 2
+    assert all(len(word) <= 64 for word in ids)
 
 
 def test_a_cell_that_fails_closes_its_own_run_and_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
@@ -281,9 +348,9 @@ def test_a_cell_that_fails_closes_its_own_run_and_leaves_the_others_alone(tmp_pa
     plan.cells[0].config["task"]["_target_"] = "tests.harness.faulty_tasks.AlwaysRaises"
     assert run_sweep(Plan(plan.cells)) == 1
     assert "tracker failed" not in capsys.readouterr().out
-    runs = offline_runs(tmp_path)
-    assert [runs[content.run_id(cell)][0].exit_code for cell in plan.cells] == [1, 0]
-    failed = runs[content.run_id(plan.cells[0])][0]
+    runs = {run.run.display_name: run for (run,) in offline_runs(tmp_path).values()}
+    assert [runs[cell.folder].exit_code for cell in plan.cells] == [1, 0]
+    failed = runs[plan.cells[0].folder]
     (artifact,) = (artifact for (kind, _), artifact in failed.artifacts.items() if kind == "cell")
     assert "summary.json" not in {entry.path for entry in artifact.manifest.contents}
     assert "stop_reason" not in failed.summary
@@ -302,6 +369,11 @@ def test_a_server_that_does_not_answer_makes_the_runs_offline(tmp_path, monkeypa
     assert [run.exit_code for runs in offline_runs(tmp_path).values() for run in runs] == [0, 0]
 
 
+def id_of(cell: Cell, folder: Path) -> str:
+    """The id of the run of a cell that has a record."""
+    return content.run_id(cell, folder / "results" / "default" / cell.folder, 0.0)
+
+
 def logged_in(monkeypatch: pytest.MonkeyPatch, folder: Path, url: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -317,9 +389,9 @@ def test_whoever_is_logged_in_has_the_runs_online(tmp_path, monkeypatch, capsys)
     assert sum("tracker=none turns this off" in line for line in lines) == 1
     assert not any("tracker failed" in line or "wandb sync" in line for line in lines)
     assert not offline_runs(tmp_path)
-    assert set(uploads.runs) == {content.run_id(cell) for cell in plan.cells}
+    assert len(uploads.runs) == 2
     for cell in plan.cells:
-        run = content.run_id(cell)
+        run = id_of(cell, tmp_path)
         assert uploads.runs[run]["displayName"] == cell.folder
         rows = [row for row in uploads.history(run) if "wallclock" in row]
         events = read_lines(tmp_path / "results" / "default" / cell.folder / "events.jsonl")
@@ -337,8 +409,8 @@ def test_a_server_that_stops_taking_uploads_holds_no_cell_up_for_long(tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert sum("did not take all of a run" in line for line in lines) == 1
     assert not any("tracker failed" in line for line in lines)
-    assert set(offline_runs(tmp_path)) == {content.run_id(plan.cells[1])}
-    assert list(tmp_path.rglob(f"run-*/run-{content.run_id(plan.cells[0])}.wandb")), "kept for wandb sync"
+    assert set(offline_runs(tmp_path)) == {id_of(plan.cells[1], tmp_path)}
+    assert list(tmp_path.rglob(f"run-*/run-{id_of(plan.cells[0], tmp_path)}.wandb")), "kept for wandb sync"
 
 
 def test_without_an_account_the_default_tracker_is_none_and_says_nothing(tmp_path, harness, environment):
@@ -386,7 +458,7 @@ def test_no_change_of_the_incumbent_is_lost_however_rows_are_collected(reports, 
         result = {"epoch": epochs[trial], "validation_score": validation, "test_score": test, "busy": {"train": 36.0}}
         events.append({"e": "report", "t": number + 1.0, "trial": trial, "decision": "CONTINUE", "result": result})
         if number in errors:
-            events.append({"e": "error", "t": number + 1.0, "trial": trial})
+            events.append({"e": "error", "t": number + 1.5, "trial": trial})
     for number, event in enumerate(events):
         progress.apply(event, mode)
         rows += history.add(event, progress)
@@ -467,7 +539,7 @@ def faulty(*fails: str) -> dict[str, Any]:
 @pytest.mark.parametrize("where", ["open", "start", "event", "finish", "close"])
 def test_a_tracker_that_fails_anywhere_warns_once_and_is_left_out_in_the_end(where):
     said: list[str] = []
-    guarded = Guarded(faulty(where), said.append)
+    guarded = Guarded(faulty(where), said.append, 0.0)
     for _ in range(5):
         guarded.start(a_cell(), Path("unused"))
         guarded.event({"e": "open"}, Progress())
@@ -496,7 +568,7 @@ def test_an_experiment_goes_on_without_its_tracker(tmp_path, capsys):
 
 def test_a_failure_in_one_cell_leaves_the_next_ones_tracked():
     said: list[str] = []
-    guarded = Guarded(faulty(), said.append)
+    guarded = Guarded(faulty(), said.append, 0.0)
     tracker: Any = guarded._tracker
     for number in range(3 * FAILING_CELLS):
         tracker.fails = ["event"] if number % 2 else []
@@ -513,7 +585,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name, inst
     monkeypatch.setitem(sys.modules, name, None)
     said: list[str] = []
     plan = make_plan(["ohgw=off", "seed=0,1", f"tracker={name}", f"results_dir={tmp_path}"])
-    guarded = Guarded(plan.cells[0].config["tracker"], said.append)
+    guarded = Guarded(plan.cells[0].config["tracker"], said.append, 0.0)
     for cell in plan.cells:
         guarded.start(cell, tmp_path / cell.folder)
         guarded.event({"e": "open"}, Progress())

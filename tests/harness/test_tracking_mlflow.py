@@ -106,7 +106,7 @@ def check_run(mlflow: Any, run: Any, config: dict, summary: dict, events: list[d
     labels = config["labels"]
     assert run.info.status == "FINISHED"
     tags = run.data.tags
-    assert tags["cell_id"] == f"default-{labels['identity']}"
+    assert tags["cell_id"] == f"default-{labels['identity']}-{int(events[0]['time']):x}"
     assert tags["group"] == f"{labels['scheduler']}/{labels['task']}"
     assert tags["job_type"] == tags["variant"] == labels["variant"]
     assert tags["seed"] == "0"
