@@ -20,6 +20,7 @@ from harness.seeds import rng
 
 ALONG = {**AXES, "epochs": "epochs trained"}
 SCORES = {"validation": "best_validation_score", "test": "incumbent_test_score"}
+IQM_AXES = {"wallclock": "wall-clock time", "gpu_hours": "GPU-hours", "epochs": "epochs"}
 POINTS = 101  # of a curve over time: steps of 1 % of the span
 IQM_POINTS, THRESHOLDS = 41, 51  # of the curves and profiles that are resampled
 RESAMPLES = 500  # of a figure's bands; an end of a band is good to about 0.1 of its width
@@ -214,10 +215,10 @@ def _areas(conditions: Sequence[Condition], curves: Curves) -> Table:
     )
 
 
-def horizon(cells: pd.DataFrame) -> float:
-    """The end of the longest finished cell, or of the longest at all; the configured wall-clock budget if shorter."""
+def horizon(cells: pd.DataFrame, axis: str = "wallclock") -> float:
+    """The end along an axis of the longest finished cell (or of the longest at all); its budget, if that is shorter."""
     finished = cells[cells["status"] == "finished"]
-    return float((finished if len(finished) else cells)["end_wallclock"].max())
+    return float((finished if len(finished) else cells)["epochs" if axis == "epochs" else f"end_{axis}"].max())
 
 
 def _area_rows(condition: Condition, curves: Curves) -> Iterator[dict[str, Any]]:
@@ -300,8 +301,9 @@ def _add_over_tasks(
     section: Section, conditions: Sequence[Condition], curves: Curves, colors: Mapping[str, Any]
 ) -> None:
     """IQM over time and performance profiles, a panel a scheduler."""
-    scale = _scales(conditions)
-    time, profile = {}, {}
+    scales = {kind: _scales(conditions, kind) for kind in SCORES}
+    profile: dict[str, Any] = {}
+    time: dict[tuple[str, str], dict[str, Any]] = {(kind, axis): {} for kind in SCORES for axis in IQM_AXES}
     for scheduler in dict.fromkeys(condition.scheduler for condition in conditions):
         own = [condition for condition in conditions if condition.scheduler == scheduler]
         groups = {condition.label: _scored(condition, curves) for condition in own}
@@ -313,29 +315,29 @@ def _add_over_tasks(
         cells = {v: [(condition, groups[condition.label][v]) for condition in chosen] for v in variants}
         runs = sum(len(part) for parts in cells.values() for _, part in parts)
         title = f"{scheduler} ({len(chosen)} {'task' if len(chosen) == 1 else 'tasks'}, {runs} cells)"
-        time[title] = {v: _iqm_curve(parts, curves, scale, (scheduler, v)) for v, parts in cells.items()}
-        profile[title] = {v: _profile(parts, scale, (scheduler, v)) for v, parts in cells.items()}
-    shown = {variant: colors[variant] for variant in colors if any(variant in panel for panel in time.values())}
+        for (kind, axis), panels in time.items():
+            panels[title] = {
+                v: _iqm_curve(parts, curves, scales[kind], kind, axis, (scheduler, v)) for v, parts in cells.items()
+            }
+        profile[title] = {v: _profile(parts, scales["test"], (scheduler, v)) for v, parts in cells.items()}
+    shown = {variant: colors[variant] for variant in colors if any(variant in panel for panel in profile.values())}
     bands = (
         f"bands: 95 % bootstrap intervals, cells resampled {RESAMPLES} times within each task; unfinished cells as "
         "they stand"
     )
-    section.figures.append(
-        Figure(
-            "anytime-iqm_all",
-            "Interquartile mean over tasks and seeds of the incumbent's test score, by scheduler and variant, "
-            "against the share of the wall-clock horizon (the end of the condition's longest finished cell, or its "
-            "budget if shorter). Scores are put between the worst (0) and the best (1) final test score of their "
-            f"task; ended cells keep their last; {bands}.",
-            draw_panels,
-            {
-                "panels": time,
-                "colors": shown,
-                "x": "share of the wall-clock horizon",
-                "y": "IQM of the normalised score",
-            },
+    for (kind, axis), panels in time.items():
+        across = f"share of the horizon in {IQM_AXES[axis]}"
+        caption = (
+            f"Interquartile mean over tasks and seeds of the incumbent's {kind} score, by scheduler and variant, "
+            f"against the {across} (the end of the condition's longest finished cell, or its budget if shorter). "
+            f"Scores are put between the worst (0) and the best (1) final {kind} score of their task; ended cells keep "
+            "their last; "
+            f"{bands}."
         )
-    )
+        data = {"panels": panels, "colors": shown, "x": across, "y": f"IQM of the normalised {kind} score"}
+        section.figures.append(
+            Figure(file_name(f"anytime-iqm-{kind}-{axis.replace('_', '-')}", "all"), caption, draw_panels, data)
+        )
     section.figures.append(
         Figure(
             "profiles_all",
@@ -367,11 +369,12 @@ def complete(counts: pd.DataFrame) -> tuple[list[Any], list[Any], list[str]]:
 Scale = Callable[[Condition, Array], Array]
 
 
-def _scales(conditions: Sequence[Condition]) -> Scale:
-    """What puts scores of a condition between 0 and 1, by the worst and best final test score of its task."""
+def _scales(conditions: Sequence[Condition], kind: str) -> Scale:
+    """What puts scores of a condition between 0 and 1, by the worst and best final score of that kind of its task."""
+    column = "incumbent_test_score" if kind == "test" else "best_validation_score"
     ends: dict[tuple[str, str], tuple[float, float]] = {}
     for task in {(condition.task, condition.mode) for condition in conditions}:
-        own = [c.cells["incumbent_test_score"] for c in conditions if (c.task, c.mode) == task]
+        own = [c.cells[column] for c in conditions if (c.task, c.mode) == task]
         final = pd.concat(own).to_numpy(dtype=float)
         worst, best = np.nanquantile(np.where(np.isfinite(final), final, math.nan), [0.0, 1.0])
         ends[task] = (worst, best) if task[1] == "max" else (best, worst)
@@ -386,17 +389,22 @@ def _scales(conditions: Sequence[Condition]) -> Scale:
 
 
 def _iqm_curve(
-    parts: Sequence[tuple[Condition, pd.DataFrame]], curves: Curves, scale: Scale, name: Sequence[str]
+    parts: Sequence[tuple[Condition, pd.DataFrame]],
+    curves: Curves,
+    scale: Scale,
+    kind: str,
+    axis: str,
+    name: Sequence[str],
 ) -> Array:
     """(4, points): share of the horizon, IQM, and its interval."""
     grid = np.linspace(0.0, 1.0, IQM_POINTS)
     strata = []
     for condition, cells in parts:
-        end = horizon(condition.cells)
+        end = horizon(condition.cells, axis)
         own = [curves[cell] for cell in cells["cell"]]
-        values = [aggregate.step_values(curve.times["wallclock"], curve.scores["test"], grid * end) for curve in own]
+        values = [aggregate.step_values(curve.times[axis], curve.scores[kind], grid * end) for curve in own]
         strata.append(scale(condition, np.stack(values)))
-    draws = rng(0, "iqm", *name)
+    draws = rng(0, "iqm", kind, axis, *name)
     low, high = aggregate.stratified_bootstrap(strata, aggregate.iqm, draws, RESAMPLES)
     return np.stack([grid, aggregate.iqm(np.concatenate(strata)), low, high])
 

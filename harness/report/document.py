@@ -26,6 +26,7 @@ STYLE: Any = {
     "svg.hashsalt": "report",
 }  # fmt: skip
 LONGEST_NAME = 200  # characters of a file name; file systems take 255 bytes, the ending and a temporary one included
+LONG, LINE = 28, "0.13\\linewidth"  # letters from which a column of a LaTeX table is broken into lines, and its width
 ORDER = ("off", "zero", "on", "direct", "normalized", "multistep", "random", "sign", "finite_difference", "masked")
 
 
@@ -159,12 +160,11 @@ def latex(table: Table) -> str:
     text = table.text()
     body = [r" & ".join(map(_escaped, row)) + r" \\" for row in text.itertuples(index=False)]
     head = r" & ".join(_escaped(str(column)) for column in text.columns) + r" \\"
-    numeric = [pd.api.types.is_numeric_dtype(table.frame[column]) for column in table.frame.columns]
     lines = [
         r"\begin{table}",
         rf"\caption{{{_escaped(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in numeric)}}}",
+        rf"\begin{{tabular}}{{{''.join(_alignment(table, text, column) for column in table.frame.columns)}}}",
         r"\toprule",
         head,
         r"\midrule",
@@ -174,6 +174,13 @@ def latex(table: Table) -> str:
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _alignment(table: Table, text: pd.DataFrame, column: str) -> str:
+    """Numbers right, words left, sentences broken into lines."""
+    if pd.api.types.is_numeric_dtype(table.frame[column]):
+        return "r"
+    return rf"p{{{LINE}}}" if text[column].astype(str).str.len().max() > LONG else "l"
 
 
 _LATEX = {

@@ -270,6 +270,7 @@ def _distribution_figure(
         for variant in condition.variants:
             own = trials.variant == variant
             groups = (("x", trials.x, trials.unit_x, own), ("x'", trials.x_prime, trials.unit_x_prime, own),
+                      ("final x", trials.x, trials.unit_x, own & final),
                       ("final", trials.x_prime, trials.unit_x_prime, own & final))  # fmt: skip
             for kind, values, unit, chosen in groups:
                 shown = _distribution(domain, (unit if isinstance(domain, Float) else values)[i, chosen])
@@ -283,7 +284,7 @@ def _distribution_figure(
         f"{condition.label}: distribution of each hyperparameter. Continuous ones: share of configurations below a "
         "unit coordinate (bounds of the value in brackets); integers and categoricals: share of each value. Top: all "
         "started configurations, x as sampled (dotted) and x' as trained (solid; equal to x without a warm start). "
-        f"Bottom: x' of the incumbents at the end, one a cell. {'; '.join(counts)}."
+        f"Bottom: the same of the incumbents at the end, one a cell. {'; '.join(counts)}."
     )
     data = {"panels": panels, "colors": {name: study.colors[name] for name in condition.variants}}
     return Figure(file_name("hyperparameters", *condition.words), caption, draw_distributions, data)
@@ -339,7 +340,7 @@ def draw_distributions(panels: Sequence[dict[str, Any]], colors: dict[str, Any])
             continue
         panel = panels[j]
         _draw_panel(top, panel, ("x", "x'"), colors)
-        _draw_panel(bottom, panel, ("final",), colors)
+        _draw_panel(bottom, panel, ("final x", "final"), colors)
         top.set_title(f"{panel['name']}\n{panel['bounds']}", fontsize=8)
         top.tick_params(labelbottom=False)
         if j % columns == 0:
@@ -359,7 +360,7 @@ def _draw_panel(axis: Any, panel: dict[str, Any], kinds: Sequence[str], colors: 
         if curve["kind"] not in kinds or not len(curve["at"]):
             continue
         style: dict[str, Any] = {"color": colors[curve["variant"]], "linewidth": 1.1}
-        style |= {"linestyle": ":", "linewidth": 1.6} if curve["kind"] == "x" else {}
+        style |= {"linestyle": ":", "linewidth": 1.6} if curve["kind"] in ("x", "final x") else {}
         if panel["step"]:
             ends = panel["limits"]
             at = np.concatenate([[ends[0]], curve["at"], [ends[1]]])

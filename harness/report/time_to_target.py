@@ -56,6 +56,7 @@ def section(study: Study) -> Section:
         return section
     section.text += TEXT
     adjusted, changes = _adjusted(study), incumbent_changes(study.results.reports)
+    effects: list[tuple[Condition, Table]] = []
     for condition in study.conditions:
         section.notes += _uncompared(condition)
         if math.isnan(condition.tau):
@@ -63,11 +64,13 @@ def section(study: Study) -> Section:
                 f"{condition.label}: no target is set (task.tau), so only the sweep over targets is shown."
             )
         else:
-            section.tables += [table for unit in UNITS for table in _tables(condition, unit, adjusted)]
+            tables = [table for unit in UNITS for table in _tables(condition, unit, adjusted)]
+            section.tables += tables
+            effects += [(condition, table) for table in tables if table.name.startswith("effect-")]
             section.figures += [_survival(condition, study.colors), *_pairs(condition, study.colors)]
         _add_sweep(section, condition, changes, study.colors)
     section.figures += _forest(study)
-    section.tables += _missing(study)
+    section.tables += [*_all_effects(effects), *_missing(study)]
     return section
 
 
@@ -112,6 +115,24 @@ def _tables(condition: Condition, unit: str, adjusted: Mapping[tuple[str, str, s
             pd.DataFrame(rows),
             {**dict.fromkeys(shares, percent), "p": p_value, "Holm p": p_value},
         )
+
+
+def _all_effects(effects: Sequence[tuple[Condition, Table]]) -> Iterator[Table]:
+    """The rows of all conditions in one table a unit, to be sorted and filtered by what the conditions are."""
+    for unit in UNITS:
+        name = f"effect-{unit.replace('_', '-')}"
+        own = [(condition, table) for condition, table in effects if table.name.startswith(f"{name}_")]
+        rows = []
+        for condition, table in own:
+            what = {"task": condition.task, "task family": condition.family, "scheduler": condition.scheduler,
+                    "discrete share": condition.discrete_share, "condition": condition.label}  # fmt: skip
+            rows.append(pd.DataFrame({**what, **table.frame}))
+        if len(own) > 1:
+            caption = (
+                f"Reduction of the time to target in {NAMES[unit]}: all conditions, columns as in their own tables."
+            )
+            formats = {**own[0][1].formats, "discrete share": percent}
+            yield Table(f"{name}_all", caption, pd.concat(rows, ignore_index=True), formats)
 
 
 def _goal(condition: Condition) -> str:

@@ -128,7 +128,7 @@ def test_gains_are_positive_where_lower_is_better_too(tmp_path):
             OtherCell(pairs, seconds=10, variant=variant, seed=seed, entries={"mode": "min"}).write(tmp_path)
     found = made(tmp_path)
     assert rows(tables(found)["auc_all"], "variant")["on",]["gain"] == pytest.approx(0.1)
-    curves = figures(found)["anytime-iqm_all"].data["panels"]["pasha (1 task, 4 cells)"]
+    curves = figures(found)["anytime-iqm-test-wallclock_all"].data["panels"]["pasha (1 task, 4 cells)"]
     assert curves["on"][1][-1] == 1
     assert rows(tables(found)["improvement_all"], "variant")["on",]["P"] == 0.5
 
@@ -161,7 +161,7 @@ def two_tasks(folder):
 def test_scores_over_tasks_are_put_between_the_worst_and_the_best_final_score_of_each(tmp_path):
     two_tasks(tmp_path)
     found = made(tmp_path)
-    ((title, curves),) = figures(found)["anytime-iqm_all"].data["panels"].items()
+    ((title, curves),) = figures(found)["anytime-iqm-test-wallclock_all"].data["panels"].items()
     assert title == "pasha (2 tasks, 8 cells)"
     share, iqm, low, high = curves["on"]
     assert (share[0], share[-1]) == (0, 1)
@@ -174,7 +174,7 @@ def test_scores_over_tasks_are_put_between_the_worst_and_the_best_final_score_of
     assert (above[threshold < 0.5] == 1).all()
     assert (above[(threshold > 0.5) & (threshold < 1)] == 0.75).all()
     assert (above[-1], profile["off"][1].max()) == (0, 0)
-    for name in ("anytime-iqm_all", "profiles_all"):
+    for name in ("anytime-iqm-test-wallclock_all", "profiles_all"):
         line = drawn(figures(found)[name]).axes[0].lines[1]  # off, then on
         (panel,) = figures(found)[name].data["panels"].values()
         np.testing.assert_array_equal(line.get_ydata(), panel["on"][1])
@@ -184,7 +184,7 @@ def test_a_variant_that_is_not_in_all_tasks_is_left_out_over_tasks_and_named(tmp
     two_tasks(tmp_path)
     stairs(tmp_path, "random", 0, [0.5, 0.6])
     found = made(tmp_path)
-    (panel,) = figures(found)["anytime-iqm_all"].data["panels"].values()
+    (panel,) = figures(found)["anytime-iqm-test-wallclock_all"].data["panels"].values()
     assert list(panel) == ["off", "on"]
     assert "Over tasks, pasha: random is left out: not in wine / pasha" in found.notes
 
@@ -318,7 +318,13 @@ def test_files_are_named_after_topic_and_condition(tmp_path):
     three(tmp_path)
     section = made(tmp_path)
     assert set(figures(section)) == {
-        "anytime_digits-pasha", "anytime-iqm_all", "profiles_all", "critical-difference_all", "improvement_all"
+        "anytime_digits-pasha",
+        *(
+            f"anytime-iqm-{kind}-{axis}_all"
+            for kind in ("test", "validation")
+            for axis in ("wallclock", "gpu-hours", "epochs")
+        ),
+        "profiles_all", "critical-difference_all", "improvement_all"
     }  # fmt: skip
     assert set(tables(section)) == {"auc_all", "final-scores_all", "ranks_all", "improvement_all"}
 
