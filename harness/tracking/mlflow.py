@@ -1,10 +1,12 @@
 """``tracker=mlflow``: one MLflow run a cell, on a server or in a SQLite file beside the results."""
 
+import contextlib
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ PARAM_LENGTH, TAG_LENGTH = 6000, 8000  # and for a value, in characters
 SETTINGS = {  # of MLflow's client, unless the user has set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the experiment waits meanwhile
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # when a cell starts or ends, the experiment waits meanwhile
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
@@ -36,9 +38,9 @@ class MlflowTracker(Tracker):
     KILLED.
 
     Parameters are the flattened config, metrics the history (``content.History``: one request every ``interval``
-    seconds) and the numbers of summary.json, tags its texts; the record's files are artifacts under ``cell/``, the
-    trial table and the rung table ``trial_table.json`` and ``rung_table.json``. ``rung_survival`` is a metric whose
-    step is the rung level.
+    seconds, sent by a thread, so that a slow server holds no cell up) and the numbers of summary.json, tags its texts;
+    the record's files are artifacts under ``cell/``, the trial table and the rung table ``trial_table.json`` and
+    ``rung_table.json``. ``rung_survival`` is a metric whose step is the rung level.
 
     :param project: MLflow experiment
     :param uri: tracking server (``http://...``) or database; None: ``sqlite:///<results_dir>/mlflow.db``, files in
@@ -53,6 +55,8 @@ class MlflowTracker(Tracker):
         self._client: Any = None
         self._experiment = ""
         self._run: str | None = None
+        self._thread = ThreadPoolExecutor(1, "mlflow")  # started by the first burst
+        self._sending: tuple[Future[None], Sequence[Row]] | None = None
 
     def open(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -79,10 +83,29 @@ class MlflowTracker(Tracker):
             raise
 
     def event(self, event: dict[str, Any], progress: Progress) -> None:
-        self._log_rows(self._history.add(event, progress))
+        rows = self._history.add(event, progress)
+        if not rows:
+            return
+        if self._sending is not None and not self._sending[0].done():
+            self._history.put_back(rows)  # they go with the next burst
+            return
+        self._wait()
+        self._sending = self._thread.submit(self._log_rows, rows), rows
+
+    def _wait(self) -> None:
+        """Wait until the last burst is sent. Raises what prevented it; its rows are then among the rest."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            try:
+                sending[0].result()
+            except BaseException:
+                self._history.put_back(sending[1])
+                raise
 
     def finish(self, outcome: Outcome, summary: dict[str, Any] | None) -> None:
         try:
+            with contextlib.suppress(Exception):  # it is tried again here
+                self._wait()
             self._log_rows(self._history.rest())
             if outcome != "interrupted":  # whoever interrupts does not want to wait, and the cell will go on
                 self._log_end(summary)
@@ -90,6 +113,7 @@ class MlflowTracker(Tracker):
             self._end(outcome)
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._run is not None:
             self._end("interrupted")
         if self._client is not None and self.uri is None:
@@ -137,11 +161,7 @@ class MlflowTracker(Tracker):
 
     def _log_rows(self, rows: Sequence[Row]) -> None:
         rows = [row for row in rows if row.step > self._step]
-        try:
-            self._log_metrics([(key, value, row.step) for row in rows for key, value in row.values.items()])
-        except BaseException:
-            self._history.put_back(rows)
-            raise
+        self._log_metrics([(key, value, row.step) for row in rows for key, value in row.values.items()])
         self._step = max([self._step, *(row.step for row in rows)])
 
     def _log_metrics(self, numbers: Iterable[tuple[str, float, int]]) -> None:

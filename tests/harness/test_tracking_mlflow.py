@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 import yaml
 
 from harness import record
+from harness.recorder import Progress
 from harness.runner import run_sweep
 from harness.sweep import make_plan
 from harness.tracking import content
+from harness.tracking.mlflow import MlflowTracker
 from tests.conftest import read_lines
 from tests.harness.test_faults import wait_for
 
@@ -172,6 +175,40 @@ def test_without_a_server_runs_are_in_a_file_beside_the_results_and_end_as_their
     history = client(uri).get_metric_history(killed.info.run_id, "epochs")
     assert all(metric.step == metric.value for metric in history)
     assert {metric.step for metric in history} == set(range(1, sum(attempts()) + 1)), "nothing is lost by interrupts"
+
+
+@pytest.mark.slow
+def test_a_store_that_answers_late_holds_no_cell_up_and_gets_every_row(tmp_path):
+    (cell,) = make_plan(["ohgw=off", f"results_dir={tmp_path}"]).cells
+    tracker, progress, answers = MlflowTracker(interval=0.0), Progress(), threading.Event()
+    tracker.start(cell, tmp_path / "default" / cell.folder, "run")
+    log_batch = tracker._client.log_batch
+
+    def late(*arguments: Any, **named: Any) -> None:
+        assert answers.wait(60)
+        log_batch(*arguments, **named)
+
+    tracker._client.log_batch = late
+    events = [{"e": "start", "t": 0.0, "trial": 0, "config": {}}]
+    events += [
+        {"e": "report", "t": float(epoch), "trial": 0, "decision": "CONTINUE",
+         "result": {"epoch": epoch, "validation_score": epoch / 100, "test_score": 0.5}}
+        for epoch in range(1, 21)
+    ]  # fmt: skip
+    for event in events:  # this loop ends although nothing is answered
+        progress.apply(event, "max")
+        tracker.event(event, progress)
+    answers.set()
+    tracker.finish("interrupted", None)
+    tracker.close()
+    history = client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_metric_history(tracker_run(tmp_path), "epochs")
+    assert [metric.step for metric in history] == [metric.value for metric in history] == list(range(1, 21))
+
+
+def tracker_run(results_dir: Path) -> str:
+    """MLflow's id of the only run."""
+    (run,) = runs(f"sqlite:///{results_dir / 'mlflow.db'}").values()
+    return run.info.run_id
 
 
 @pytest.mark.slow
