@@ -14,6 +14,8 @@ import pytest
 from harness.report.fetch import read_offline_run
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # real cells, real commands
+
 SCRIPT = str(ROOT / "scripts" / "wandb_dashboard.py")
 PLACE = ("team/ohgw", "--dry-run")
 GROUPS = ("asha/digits", "pasha(eta=2,brackets=1)/digits 'and' \"x\" != <= \\n or in ü")

@@ -27,6 +27,8 @@ from harness.tracking import content
 from tests.conftest import ROOT
 from tests.harness.wandb_server import serve
 
+pytestmark = pytest.mark.slow  # real cells, real commands
+
 VARIANTS = {"off", "on"}
 
 

@@ -164,6 +164,7 @@ def test_without_a_target_there_are_scores_and_no_effects(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))

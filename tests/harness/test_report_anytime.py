@@ -285,6 +285,7 @@ def test_the_probability_of_improvement_by_hand(tmp_path):
 # ---- every kind of study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.filterwarnings("error")
 def test_every_kind_of_study_has_sound_output_or_a_sentence(name, tmp_path):

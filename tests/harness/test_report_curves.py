@@ -194,6 +194,7 @@ def test_lanes_hold_no_two_stretches_at_once_and_are_as_few_as_possible(spans):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_figures_or_a_reason(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))

@@ -221,6 +221,7 @@ def test_notes_that_conditions_share_are_made_once():
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))

@@ -245,6 +245,7 @@ def test_a_constant_benefit_has_no_correlation():
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))

@@ -238,6 +238,7 @@ def check(found):
             assert figure.caption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.filterwarnings("error")
 def test_every_kind_of_study_has_sound_output_or_a_sentence(name, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 
 from scripts.check_statistics import Study, coverage, draw_studies, effect_interval, rejections
 
+pytestmark = pytest.mark.slow
+
 STUDIES = 2000
 CENSORED = 0.25
 

@@ -313,6 +313,7 @@ def test_a_cell_that_goes_on_goes_on_in_its_run_online(first, tmp_path, start_ha
         check_whole(uploads.history(other), log)
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_continued_and_its_successor_have_a_run_each(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = make_plan([*TINY, "ohgw=off", "tracker=wandb", f"results_dir={tmp_path / 'results'}"])
@@ -356,6 +357,7 @@ def test_a_cell_that_fails_closes_its_own_run_and_leaves_the_others_alone(tmp_pa
     assert "stop_reason" not in failed.summary
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_makes_the_runs_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ours, "INIT_SECONDS", 1.0)
     logged_in(monkeypatch, tmp_path, "http://127.0.0.1:9")
@@ -380,6 +382,7 @@ def logged_in(monkeypatch: pytest.MonkeyPatch, folder: Path, url: str) -> None:
     monkeypatch.chdir(folder)
 
 
+@pytest.mark.slow
 def test_whoever_is_logged_in_has_the_runs_online(tmp_path, monkeypatch, capsys):
     plan = make_plan([*TINY, "ohgw=off", "seed=0,1", f"results_dir={tmp_path / 'results'}"])  # tracker=auto
     with taking(Uploads()) as uploads:
@@ -400,6 +403,7 @@ def test_whoever_is_logged_in_has_the_runs_online(tmp_path, monkeypatch, capsys)
     assert sum(artifact["artifactTypeName"] == "cell" for artifact in uploads.created) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_taking_uploads_holds_no_cell_up_for_long(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ours, "FINISH_SECONDS", 1.0)
     plan = make_plan([*TINY, "ohgw=off", "seed=0,1", f"results_dir={tmp_path / 'results'}"])
