@@ -22,6 +22,7 @@ def test_commands_are_found():
     assert "uv run pytest" in README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, harness):
     words = shlex.split(command)[shlex.split(command).index("harness") + 1 :]

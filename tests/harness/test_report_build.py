@@ -104,6 +104,7 @@ def test_a_broken_part_costs_only_itself_and_is_named(tmp_path, monkeypatch, cap
     assert "The figure bad_all is missing" in page
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_earlier_report_as_it_was(tmp_path, environment):
     path = write_study(tmp_path, ("off", "on"), range(2))
     (path / "report").mkdir()
