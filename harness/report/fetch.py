@@ -236,13 +236,16 @@ def _wandb() -> Any:
 
 @contextmanager
 def clear_errors(what: str) -> Iterator[None]:
-    """What goes wrong between this machine and W&B becomes a ResultsError of one sentence."""
+    """What goes wrong between this machine and W&B becomes a ResultsError of one sentence, and ends W&B's service."""
     wandb = _wandb()
     try:
         yield
     except ResultsError:
         raise
     except Exception as error:
+        from harness.tracking.wandb import end_service
+
+        end_service(wandb)
         theirs = type(error).__module__.split(".")[0] in ("wandb", "requests", "urllib3")
         if not theirs and not isinstance(error, OSError | ValueError):
             raise

@@ -1,8 +1,10 @@
 """``tracker=wandb`` and ``tracker=auto``: one W&B run a cell, online where somebody is logged in, else offline."""
 
+import contextlib
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from harness.tracking.content import History, Table
 
 INIT_SECONDS = 30.0  # for W&B to answer when a run starts, else it is kept offline
 FINISH_SECONDS = 60.0  # for what is left to be uploaded when a run ends, else it is kept on disk
+SERVICE_SECONDS = 10.0  # for W&B's service process to end
 
 
 def auto(project: str = "ohgw", entity: str | None = None, interval: float = 15.0) -> Tracker:
@@ -79,7 +82,7 @@ class WandbTracker(Tracker):
                 self._run = self._init("online")
             except Exception as error:
                 self._mode = "offline"
-                self._wandb.teardown()  # its service holds on to the run that did not start
+                end_service(self._wandb)  # its service holds on to the run that did not start
                 self._wandb.setup(self._wandb.Settings(silent=True))
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 self._say(f"warning: W&B cannot be reached ({reason}); runs are kept offline")
@@ -120,7 +123,7 @@ class WandbTracker(Tracker):
                 shown = self._shown(folder)
                 runs = f"{shlex.quote(shown)}/offline-run-*"
                 self._say(f"W&B: this command's runs are offline, in {shown}; to upload them: wandb sync {runs}")
-            self._wandb.teardown()
+            end_service(self._wandb)
             if self._data_dir:
                 del os.environ["WANDB_DATA_DIR"]
 
@@ -228,3 +231,19 @@ class WandbTracker(Tracker):
 
     def _table(self, table: Table) -> Any:
         return self._wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
+
+
+def end_service(wandb: Any, seconds: float = SERVICE_SECONDS) -> None:
+    """End W&B's service process, waiting for no more than ``seconds``.
+
+    W&B waits at exit for as long as it takes, which with a server that does not answer can be for ever (seen in 0.31);
+    the service ends by itself once this process has.
+    """
+
+    def end() -> None:
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(seconds)

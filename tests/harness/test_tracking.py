@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ from harness.sweep import Cell, Plan, make_plan
 from harness.tracking import FAILING_CELLS, Guarded, Tracker, account, content
 from harness.tracking import wandb as ours
 from harness.tracking.content import History
-from tests.conftest import ROOT, read_lines
+from harness.tracking.wandb import end_service
+from tests.conftest import ROOT, read_lines, run_tracked
 from tests.harness.test_faults import wait_for
 from tests.harness.wandb_upload_server import Uploads, taking
 
@@ -113,11 +115,7 @@ def study(tmp_path_factory) -> SimpleNamespace:
     """Two real cells with tracker=wandb and no account."""
     folder = tmp_path_factory.mktemp("wandb")
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": str(ROOT)}
-    words = [*TINY, "ohgw=off,normalized", "tracker=wandb", "tracker.project=pairs", "name=a+b"]
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_tracked(folder, *TINY, "ohgw=off,normalized", "tracker.project=pairs", "name=a+b")
     cells = [path for path in (folder / "results" / "a+b").iterdir() if (path / "summary.json").exists()]
     return SimpleNamespace(folder=folder, env=env, output=done, cells=cells, runs=offline_runs(folder))
 
@@ -631,3 +629,10 @@ def test_who_is_logged_in_is_told_from_files(variables, netrc, settings, expecte
         (tmp_path / "config").mkdir()
         (tmp_path / "config" / "settings").write_text(settings)
     assert account.configured(environment) == expected
+
+
+def test_a_service_that_never_ends_holds_nothing_up():
+    stopped = threading.Event()
+    end_service(SimpleNamespace(teardown=stopped.wait), seconds=0.01)  # returns, or this test runs into its time limit
+    assert not stopped.is_set()
+    end_service(SimpleNamespace(teardown=lambda: 1 / 0))  # and what goes wrong at the very end is no failure
