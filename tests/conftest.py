@@ -41,6 +41,18 @@ def harness(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subpro
     return run
 
 
+def run_tracked(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python -m harness`` with a small net, tracker=wandb and no account in ``folder``; it must succeed."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": str(ROOT), **variables}
+    small = ["task.model=mlp", "backend.threads=1", "n_workers=1", "budget.epochs=6", "tracker=wandb"]
+    keys = {word.split("=")[0] for word in words}
+    command = [sys.executable, "-m", "harness", *(word for word in small if word.split("=")[0] not in keys), *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tracker failed" not in done.stdout + done.stderr
+    return done
+
+
 @pytest.fixture
 def start_harness(tmp_path: Path, environment: dict[str, str]):
     """The same without waiting: returns the Popen object; killed at the end of the test."""

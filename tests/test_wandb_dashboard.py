@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harness.report.fetch import read_offline_run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_tracked
 
 pytestmark = pytest.mark.slow  # real cells, real commands
 
@@ -38,13 +38,7 @@ def dashboard(tmp_path, environment):
 def logged(tmp_path_factory) -> dict[str, Any]:
     """What the tracker logs of a real cell with a target, read back: {"history": keys, "summary": keys, "config"}."""
     folder = tmp_path_factory.mktemp("cell")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    env |= {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder / "data")}
-    words = ["task.model=mlp", "backend.threads=1", "n_workers=1", "budget.epochs=6", "task.tau=0.1", "tracker=wandb"]
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_tracked(folder, "task.tau=0.1", WANDB_MODE="offline", WANDB_DATA_DIR=str(folder / "data"))
     (file,) = folder.rglob("offline-run-*/run-*.wandb")
     found: dict[str, Any] = {"history": set(), "summary": set(), "config": {}}
     for record in read_offline_run(file):

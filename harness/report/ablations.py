@@ -69,7 +69,8 @@ def section(study: Study) -> Section:
         "An ablation here is a set of variants of one condition, or of settings of one scheduler, that differ in "
         f"exactly one key of their configuration. Found: {'; '.join(_headline(ablation) for ablation in found)}."
     ]
-    for name, ablation in zip(_names(found), found, strict=True):
+    for ablation in found:
+        name = file_name(f"ablation-{ablation.key}", *ablation.words)
         frame = pd.DataFrame([_row(point) for point in ablation.points])
         out.tables.append(_table(name, ablation, frame))
         out.figures.append(_figure(study, name, ablation, frame))
@@ -206,19 +207,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _names(ablations: Sequence[Ablation]) -> list[str]:
-    """File names; a number where two would be the same."""
-    names: list[str] = []
-    for ablation in ablations:
-        name = file_name(f"ablation-{ablation.key}", *ablation.words)
-        number = 2
-        while name in names:
-            name = file_name(f"ablation-{ablation.key}", *ablation.words, number)
-            number += 1
-        names.append(name)
-    return names
 
 
 def _headline(ablation: Ablation) -> str:

@@ -227,11 +227,16 @@ def _time_to_target(cells: pd.DataFrame, unit: str, kind: str = "") -> TimeToTar
 
 def _against(paired: pd.DataFrame, unit: str) -> Against:
     variant, off = (paired[f"time_{unit}_{side}"].to_numpy(dtype=float) for side in ("on", "off"))
-    ends = paired[[f"end_{unit}_on", f"end_{unit}_off"]].to_numpy(dtype=float)
-    budget = float(ends.max()) if len(ends) else math.nan  # of these pairs, whatever else is in the folder
+    budget = common_end(paired, unit)
     effect = paired_effect(variant, off, budget)
     p = wilcoxon_signed_rank(signed_differences(variant, off, budget))
     return Against(effect.n, budget, effect.low, effect.high, *effect.ci, p, preliminary=effect.n < ENOUGH_PAIRS)
+
+
+def common_end(paired: pd.DataFrame, unit: str) -> float:
+    """The end B of the pairs' time axis: of the longest of their cells, no matter what else there is; NaN for none."""
+    ends = paired[[f"end_{unit}_on", f"end_{unit}_off"]].to_numpy(dtype=float)
+    return float(ends.max()) if len(ends) else math.nan
 
 
 def _ratio(part: float, whole: float) -> float:

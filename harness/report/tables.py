@@ -130,19 +130,19 @@ def print_summary(results: Results, console: Console, tau: Tau = None) -> None:
     study = Study(results, tau)
     comparisons = [condition.comparison for condition in study.conditions]
     for line in [counted(results), *description(study)]:
-        _say(console, line)
+        say(console, line)
     for comparison in comparisons:
-        _say(console, "")
-        _say(console, heading(comparison))
+        say(console, "")
+        say(console, heading(comparison))
         for table in tables(comparison):
-            _say(console, "")
+            say(console, "")
             _print(table, console)
         for line in notes(comparison):
-            _say(console, line)
+            say(console, line)
     if comparisons:
-        _say(console, "")
+        say(console, "")
         for line in RULES:
-            _say(console, line)
+            say(console, line)
 
 
 def summary_json(results: Results, tau: Tau = None) -> dict[str, Any]:
@@ -218,10 +218,10 @@ def _effect(effect: Against | None) -> tuple[str, str, str, str]:
         return "", "", "", ""
     mark = "*" if effect.preliminary else ""
     interval = "-" if math.isnan(effect.ci_low) else f"[{percent(effect.ci_low)}, {percent(effect.ci_high)}]"
-    return _bound(effect.low, effect.high), interval, p_value(effect.p), f"{effect.pairs}{mark}"
+    return bound(effect.low, effect.high), interval, p_value(effect.p), f"{effect.pairs}{mark}"
 
 
-def _bound(low: float, high: float) -> str:
+def bound(low: float, high: float) -> str:
     """The median reduction: itself, or what is known of it (at most 1: no time is negative)."""
     if low == high or math.isnan(low):
         return percent(low)
@@ -253,7 +253,7 @@ def _print(table: Table, console: Console) -> None:
     fitting = next((t for t in (table, _turned(table)) if _width(t) <= console.width), None)
     if not console.is_terminal or fitting is None:
         for line in plain_lines(table if not console.is_terminal else _turned(table)):
-            _say(console, line)
+            say(console, line)
         return
     rich_table = RichTable(
         title=fitting.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
@@ -289,6 +289,6 @@ def plain_lines(table: Table) -> list[str]:
     return [table.title, *map(text, lines)]
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
     """Print a line as it is: neither markup nor, off a terminal, wrapping."""
     console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)

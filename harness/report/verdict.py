@@ -1,9 +1,10 @@
 """The verdict: each (task, scheduler, variant) against the study's five success criteria.
 
-A criterion passes when its estimate meets it (the first one also needs p < 0.05), and fails when the estimate misses it
-and the evidence excludes that this is for want of seeds: the 95 % interval lies beyond the threshold, or the seeds are
-as many as the test would need to see an effect of just the threshold. In between it is undecided, and says how many
-seeds would decide it. Fewer than ``FEWEST_PAIRS`` pairs decide nothing.
+A criterion passes when its estimate meets it (the first one also needs p < 0.05 in favour of the variant). It fails
+when the estimate misses it and not for want of seeds: the 95 % interval lies beyond the threshold, or the test sees
+nothing with as many seeds as it needs to see a reduction of just the threshold. In between it is undecided, and says
+how many seeds would decide it, or that censoring is the reason. Costs are measured, and decided at any number of pairs;
+of the others fewer than ``FEWEST_PAIRS`` decide nothing.
 """
 
 import functools
@@ -17,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from harness.record import plain
-from harness.report.compare import ENOUGH_PAIRS, OFF, pair
+from harness.report.compare import ENOUGH_PAIRS, OFF, common_end, pair
 from harness.report.document import Section, Table
 from harness.report.stats import (
     Effect,
@@ -31,7 +32,7 @@ from harness.report.stats import (
     wilcoxon_signed_rank,
 )
 from harness.report.study import Condition, Study
-from harness.report.tables import counted, number, p_value, pairing_notes, percent
+from harness.report.tables import bound, counted, number, p_value, pairing_notes, percent, say
 from harness.seeds import rng
 
 REDUCTION, LEVEL = 0.15, 0.05  # of T@tau, median over pairs; of the signed-rank test
@@ -135,8 +136,7 @@ def _judge(condition: Condition, variant: str) -> Judged:
     ohgw = condition.ohgw(variant)
     control = ohgw.get("estimator") == "random" or ohgw.get("eta") == 0
     sooner, off = (pairs[f"time_wallclock_{side}"].to_numpy(dtype=float) for side in ("on", "off"))
-    ends = pairs[["end_wallclock_on", "end_wallclock_off"]].to_numpy(dtype=float)
-    budget = float(ends.max()) if len(pairs) else math.nan
+    budget = common_end(pairs, "wallclock")
     if math.isnan(condition.tau):
         sooner = off = np.empty(0)
     p = wilcoxon_signed_rank(signed_differences(sooner, off, budget))
@@ -161,7 +161,7 @@ def _sooner(variant: Any, off: Any, budget: float, p: float, names: Sequence[str
     ranks what most pairs gain."""
     effect = paired_effect(variant, off, budget)
     low, high = effect.ci
-    known = _bounded(effect.low, effect.high)
+    known = bound(effect.low, effect.high)
     why = f"{known}, {_interval(low, high)}, p = {p_value(p)}"
     if len(variant) < FEWEST_PAIRS:
         return _few("sooner", len(variant), effect.low, low, high, known)
@@ -266,12 +266,6 @@ def _interval(low: float, high: float, ratio: bool = False) -> str:
     if math.isnan(low):
         return "no interval"
     return f"[{number(low, 3)}, {number(high, 3)}]" if ratio else f"[{percent(low, 1)}, {percent(high, 1)}]"
-
-
-def _bounded(low: float, high: float) -> str:
-    if low == high or math.isnan(low):
-        return percent(low)
-    return f"between {percent(low)} and {percent(high)}"
 
 
 def _share(counted: Sequence[Judged]) -> float:
@@ -380,21 +374,17 @@ def print_verdict(study: Study, console: Console) -> None:
 
     verdict = judge(study)
     for line in [counted(study.results), *description(study), ""]:
-        _say(console, line)
+        say(console, line)
     for entry in verdict.tuples:
         words = [f"{TITLES[name]} {c.status} ({c.why})" for name, c in entry.criteria.items() if c.status != PASS]
         needed = "" if math.isnan(entry.seeds) else f"; seeds needed: {_seeds(entry.seeds)}"
         control = " (control)" if entry.control else ""
         detail = f": {'; '.join(words)}{needed}" if words else f": {entry.criteria['sooner'].why}"
-        _say(console, f"{entry.status:<9}  {entry.condition} / {entry.variant}{control}, {entry.pairs} pairs{detail}")
+        say(console, f"{entry.status:<9}  {entry.condition} / {entry.variant}{control}, {entry.pairs} pairs{detail}")
     for line in [*missing(study), "", verdict.sentence]:
-        _say(console, line)
+        say(console, line)
 
 
 def missing(study: Study) -> list[str]:
     """Seeds and cells that form no pair, and the commands that add off cells: nothing is left out without a word."""
     return [f"{c.label}: {line}" for c in study.conditions for line in pairing_notes(c.comparison)]
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

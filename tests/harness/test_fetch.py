@@ -24,7 +24,7 @@ from harness.report import fetch as module
 from harness.report.fetch import NOTE, RECORDS, fetch, read_offline_run
 from harness.report.load import ResultsError, load_results
 from harness.tracking import content
-from tests.conftest import ROOT
+from tests.conftest import run_tracked
 from tests.harness.wandb_server import serve
 
 pytestmark = pytest.mark.slow  # real cells, real commands
@@ -36,14 +36,7 @@ VARIANTS = {"off", "on"}
 def study(tmp_path_factory) -> Path:
     """Two real cells, run with tracker=wandb and no account: the folder that the command ran in."""
     folder = tmp_path_factory.mktemp("study")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    env |= {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder / "data")}
-    words = ["task.model=mlp", "backend.threads=1", "n_workers=1", "budget.epochs=6", "ohgw=off,on", "tracker=wandb"]
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "tracker failed" not in done.stdout + done.stderr
+    run_tracked(folder, "ohgw=off,on", WANDB_MODE="offline", WANDB_DATA_DIR=str(folder / "data"))
     return folder
 
 
