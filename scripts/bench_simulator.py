@@ -2,11 +2,12 @@
 
     python scripts/bench_simulator.py --cells 20 --workers 4
 
-An ASHA cell of twice the budget runs once for real and fills a curve store. Then each side runs the cell in turn, with
-the same scheduler class, configurations, curves and durations: ``SimulatedBackend`` from the store, with everything a
-cell records on disk, and Syne Tune's ``UserBlackboxBackend`` from the same curves as a ``BlackboxTabular`` in memory,
-with its results file and without its dump of the tuner. Both are timed from the construction of the scheduler to the
-end of the cell. Order and times need not agree: Syne Tune's simulator adds delays (0.05 s each).
+A cell of random search runs once for real and fills a curve store with whole curves. Then each side runs an ASHA cell
+in turn, with the same scheduler class, configurations, curves and durations: ``SimulatedBackend`` from the store, with
+everything a cell records on disk, and Syne Tune's ``UserBlackboxBackend`` from the same curves as a
+``BlackboxTabular`` in memory, with its results file and without its dump of the tuner. Both are timed from the
+construction of the scheduler to the end of the cell. Order and times need not agree: Syne Tune's simulator adds delays
+(0.05 s each).
 """
 
 import argparse
@@ -69,8 +70,10 @@ class Ours:
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         words = ["scheduler=asha", "ohgw=off", "backend=simulated", f"n_workers={options.workers}"]
-        words += [f"budget.epochs={options.epochs},{2 * options.epochs}", f"results_dir={folder}"]
-        self.cell, self.filler = make_plan([*words, f"task.max_epochs={MAX_T}"]).cells
+        words += [f"results_dir={folder}", f"task.max_epochs={MAX_T}"]
+        trials = options.epochs // 2 + options.workers  # more than either order can start: a third of them is promoted
+        self.cell = make_plan([*words, f"budget.epochs={options.epochs}"]).cells[0]
+        self.filler = make_plan([*words[1:], "scheduler=random", "budget.epochs=null", f"budget.trials={trials}"]).cells[0]
         self.folder, self.meta = folder, provenance([], [])
         self.store = CurveStore(self.cell.config["backend"]["store"])
 
@@ -81,7 +84,7 @@ class Ours:
         return time.perf_counter() - begun
 
     def fill(self) -> None:
-        """Train what the cells need, and some more: Syne Tune's order may ask for other trials."""
+        """Train every configuration that the cells may start, to the end: Syne Tune's order promotes other trials."""
         self._run(self.filler, "filler")
 
     def _run(self, cell: Cell, name: str) -> None:
@@ -159,6 +162,14 @@ class InOrder(CandidateSampler):
     def __init__(self, configs: Sequence[dict[str, Any]]):
         super().__init__(configs)
         self._order = iter(range(len(configs)))
+
+    def suggest(self) -> dict[str, Any]:
+        """The next one. Errors: RuntimeError after the last one: without any to start the simulator would wait for
+        ever."""
+        config = super().suggest()
+        if config is None:
+            raise RuntimeError(f"the cell needs more than the {len(self.candidates)} configurations that were trained")
+        return config
 
 
 if __name__ == "__main__":
