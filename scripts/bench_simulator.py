@@ -69,11 +69,12 @@ class Ours:
     """The cell in this harness."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
-        words = ["scheduler=asha", "ohgw=off", "backend=simulated", f"n_workers={options.workers}"]
-        words += [f"results_dir={folder}", f"task.max_epochs={MAX_T}"]
+        words = ["ohgw=off", "backend=simulated", f"n_workers={options.workers}", f"results_dir={folder}"]
+        words.append(f"task.max_epochs={MAX_T}")
         trials = options.epochs // 2 + options.workers  # more than either order can start: a third of them is promoted
-        self.cell = make_plan([*words, f"budget.epochs={options.epochs}"]).cells[0]
-        self.filler = make_plan([*words[1:], "scheduler=random", "budget.epochs=null", f"budget.trials={trials}"]).cells[0]
+        whole = ["scheduler=random", "budget.epochs=null", f"budget.trials={trials}"]
+        self.cell = make_plan([*words, "scheduler=asha", f"budget.epochs={options.epochs}"]).cells[0]
+        self.filler = make_plan([*words, *whole]).cells[0]
         self.folder, self.meta = folder, provenance([], [])
         self.store = CurveStore(self.cell.config["backend"]["store"])
 
