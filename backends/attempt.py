@@ -37,7 +37,8 @@ class AttemptSpec:
 
 
 class Attempt:
-    """The ``TrialContext`` of a real process. ``emit`` sends one numbered report; ``stop`` is set from outside."""
+    """The ``TrialContext`` of a real process. ``emit`` sends one numbered report; ``stop`` and ``interrupt`` are set
+    from outside."""
 
     def __init__(
         self,
@@ -46,11 +47,13 @@ class Attempt:
         emit: Callable[[dict[str, Any]], None],
         stop: threading.Event,
         started: float,
+        interrupt: threading.Event | None = None,
     ):
         self.config, self.settings, self.seed = spec.config, spec.settings, spec.seed
         self.trial_id, self.attempt = spec.trial_id, spec.attempt
         self.device, self.started = device, started
         self.should_stop = stop.is_set
+        self.interrupted = (interrupt or threading.Event()).is_set
         self._emit = emit
         self._store = CheckpointStore(Path(spec.folder), spec.attempt)
         self._received = spec.received
@@ -104,7 +107,7 @@ def resolve(dotted: str) -> Callable[..., Any]:
 class Outcome:
     """How a call ended; ``reason`` is empty if it returned."""
 
-    kind: str  # returned | failed (expected, by the configuration) | environment (data, disk) | memory | error
+    kind: str  # returned | interrupted | failed (by the configuration) | environment (data, disk) | memory | error
     reason: str = ""
     details: dict[str, Any] = field(default_factory=dict)  # the exception's own ``details``, JSON-able
 

@@ -56,6 +56,10 @@ class TrialContext(Protocol):
     def should_stop(self) -> bool:
         """True once this attempt was stopped or paused; cheap enough for every batch."""
 
+    def interrupted(self) -> bool:
+        """True once the attempt's time is nearly up (preemption, a time limit): save at the end of the unit of
+        resource that is being trained, report it, and return. Another attempt goes on from there."""
+
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
         """Write a checkpoint (tensors, str, int, float, bool, None, dict, list, tuple), then send ``report``."""
 

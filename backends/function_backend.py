@@ -106,10 +106,11 @@ class FunctionBackend(TrialBackend):
         self._reasons[trial_id], self._details[trial_id] = reason, details or {}
         self._end(trial_id, Status.failed)
 
-    def _on_lost(self, trial_id: int, attempt: str, reason: str) -> None:
-        """The process died under the trial: start another attempt, unless it has happened too often."""
+    def _on_lost(self, trial_id: int, attempt: str, reason: str, counts: bool = True) -> None:
+        """The process died under the trial: start another attempt, unless it has happened too often. ``counts``: the
+        trial may have been the reason (it was not where the site took the worker away)."""
         self._reasons[trial_id] = reason
-        self._retries[trial_id] += 1
+        self._retries[trial_id] += counts
         if self._retries[trial_id] > self.max_retries:
             self._on_failed(trial_id, f"{reason}; given up after {self.max_retries} retries")
             return

@@ -25,7 +25,7 @@ from backends.attempt import NUMBER, SECONDS, TIMESTAMP
 from backends.context import checkpoint_files, reports_before, trial_seed
 from backends.curve_store import Curve, CurveStore, Row
 from backends.function_backend import WAIT, FunctionBackend, Status
-from backends.pool import Job, WorkerPool
+from backends.workers import Job, Workers
 
 KEEP_SECONDS = 10.0  # of training are lost, besides the running epoch, when this process is killed
 CHECKPOINT = "0000-0000.pt"  # the store's checkpoint in the trial's folder: older than any attempt's own
@@ -89,7 +89,7 @@ class SimulatedBackend(FunctionBackend):
         function: str,
         *,
         store: CurveStore,
-        pool: Callable[[], WorkerPool],
+        pool: Callable[[], Workers],
         identity: Mapping[str, Any],
         max_resource_attr: str,
         counts: Counts | None = None,
@@ -100,7 +100,7 @@ class SimulatedBackend(FunctionBackend):
         self.counts = Counts() if counts is None else counts
         self.clock = VirtualClock()
         self._start_pool = pool
-        self._pool: WorkerPool | None = None
+        self._pool: Workers | None = None
         self._running: dict[int, _Running] = {}
         self._x: dict[int, dict[str, Any]] = {}  # configurations as the trials were started with
         self._curves: dict[int, Curve] = {}

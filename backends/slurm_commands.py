@@ -172,12 +172,8 @@ def _account(words: Sequence[str], found: list[Incarnation]) -> None:
         return
     amounts = dict(item.split("=", 1) for item in tres.split(",") if "=" in item)
     gpus, cpus = (int(amounts.get(name, "0")) for name in ("gres/gpu", "cpu"))
-    found.append(
-        Incarnation(
-            identity, raw, state.split(" ")[0], int(elapsed or 0), gpus, cpus, nodes, _seconds(begin), _seconds(end),
-            exit_code=code,
-        )  # fmt: skip
-    )
+    seconds, times = int(elapsed or 0), (_seconds(begin), _seconds(end))
+    found.append(Incarnation(identity, raw, state.split(" ")[0], seconds, gpus, cpus, nodes, *times, exit_code=code))
 
 
 def _seconds(text: str) -> float | None:

@@ -1,14 +1,18 @@
 """The warm worker: a process that keeps torch, the data set and the GPU context, and runs one trial after another.
 
 Started by ``WorkerPool`` as ``python -m backends.worker``; reads one line of JSON (where to connect, the key, limits)
-from stdin. Messages are JSON bytes both ways:
+from stdin. ``SlurmWorkers`` starts it as ``python -m backends.worker FILE BASE``: the JSON is in that file, and the
+worker's number is BASE plus the index in its job array. Messages are JSON bytes both ways:
 
-    in    {"m": "start", "key", "spec"}   {"m": "stop", "key"}   {"m": "prepare", "generation", "function", "settings"}
-    out   {"m": "hello", "spawn", "pid"}   {"m": "ready", "device"}   {"m": "prepared", "generation", "error", "user"}
+    in    {"m": "start", "key", "spec"}   {"m": "stop", "key"}   {"m": "interrupt", "key"}
+          {"m": "prepare", "generation", "function", "settings"}
+    out   {"m": "hello", "spawn", "pid", "node", "job"}   {"m": "ready", "device"}   {"m": "leaving"}
+          {"m": "prepared", "generation", "error", "user"}
           {"m": "report", "key", "report"}   {"m": "done", "key", "kind", "reason", "details", "replace"}
 
 A reused worker gives bit for bit what a fresh one gives: before each attempt ``Interpreter.reset`` puts back all global
-state it knows of. When the connection closes (the driver is gone) the worker and all it started die at once.
+state it knows of. When the connection closes (the driver is gone) the worker and all it started die at once. A worker
+of Slurm that is told to go (preemption, time limit) lets its attempt checkpoint at the end of its epoch, and leaves.
 """
 
 import contextlib
@@ -20,17 +24,21 @@ import os
 import queue
 import random
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
 from backends.attempt import Attempt, AttemptSpec, Outcome, call, die_with_parent, kill_own_group, resolve
 from backends.context import UserError, to_json
+from backends.sockets import notice_dead_peer
+
+CONNECT_SECONDS = 30.0  # a worker without a driver holds its GPU no longer
 
 
 class Interpreter:
@@ -86,6 +94,12 @@ class Interpreter:
             torch.cuda.reset_peak_memory_stats()
 
 
+def own_slurm_job() -> str | None:
+    """The id of the Slurm job this process belongs to (``12`` or ``12_3``), None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
 def _determinism(torch: Any) -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -99,6 +113,16 @@ class Worker:
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._stops: dict[int, threading.Event] = {}
+        self._interrupts: dict[int, threading.Event] = {}
+        self._leaving = ""  # why this worker has to go
+
+    def leave(self, reason: str) -> None:
+        """Let the running attempt checkpoint, then end this process. To be called by a signal handler."""
+        if not self._leaving:
+            self._leaving = reason
+            for event in list(self._interrupts.values()):
+                event.set()
+            self._inbox.put({"m": "leave"})
 
     def send(self, **message: Any) -> None:
         data = to_json(message).encode()
@@ -110,21 +134,25 @@ class Worker:
         try:
             while True:
                 message = json.loads(self._connection.recv_bytes())
-                if message["m"] == "stop":
-                    if stop := self._stops.get(message["key"]):
-                        stop.set()
+                if message["m"] in ("stop", "interrupt"):
+                    events = self._stops if message["m"] == "stop" else self._interrupts
+                    if event := events.get(message["key"]):
+                        event.set()
                     continue
                 if message["m"] == "start":
                     message["received"] = time.perf_counter()
                     self._stops[message["key"]] = threading.Event()
+                    self._interrupts[message["key"]] = threading.Event()
                 self._inbox.put(message)
         finally:
             kill_own_group()
 
     def serve(self) -> None:
-        """Run what arrives until the connection closes or a trial has spoilt the process."""
+        """Run what arrives until the connection closes, a trial has spoilt the process, or it has to leave."""
         while True:
             message = self._inbox.get()
+            if message["m"] == "leave":
+                return self.send(m="leaving")
             if message["m"] == "prepare":
                 self._prepare(message)
             elif not self._run(message):
@@ -148,16 +176,20 @@ class Worker:
     def _run(self, message: dict[str, Any]) -> bool:
         """One attempt; False if the worker has to be replaced."""
         key, spec = message["key"], AttemptSpec(**message["spec"])
+        interrupt = self._interrupts[key]
         context = Attempt(
             spec,
             self.device,
             emit=lambda report: self.send(m="report", key=key, report=report),
             stop=self._stops[key],
             started=message["received"],
+            interrupt=interrupt,
         )
-        outcome = self._logged(spec, context)
-        del self._stops[key]
-        replace = outcome.kind == "error" and _cuda_is_initialized()
+        outcome = Outcome("returned") if self._leaving else self._logged(spec, context)
+        del self._stops[key], self._interrupts[key]
+        if outcome.kind == "returned" and (self._leaving or interrupt.is_set()):  # perhaps before its milestone
+            outcome = Outcome("interrupted", self._leaving or "was interrupted")
+        replace = bool(self._leaving) or (outcome.kind == "error" and _cuda_is_initialized())
         if outcome.kind != "returned":
             gc.collect()  # the traceback held the model
         self.send(m="done", key=key, kind=outcome.kind, reason=outcome.reason, details=outcome.details, replace=replace)
@@ -232,10 +264,19 @@ def warm_up(modules: list[str], threads: int, gpu: bool) -> str:
 def main() -> None:
     """Connect back, warm up, serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    init = json.loads(sys.stdin.buffer.readline())
-    die_with_parent(init["parent"])  # in case a fork of the driver keeps the connection open
+    in_slurm = len(sys.argv) > 1
+    try:
+        init = (
+            _slurm_order(Path(sys.argv[1]), int(sys.argv[2])) if in_slurm else json.loads(sys.stdin.buffer.readline())
+        )
+        connection = _connect(init["address"], bytes.fromhex(init["key"]))
+    except UserError as error:
+        sys.exit(str(error))
+    if in_slurm and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # so that it can end all it started
+    elif not in_slurm:
+        die_with_parent(init["parent"])  # in case a fork of the driver keeps the connection open
     sys.path[:] = init["sys_path"]
-    connection = Client(init["address"], authkey=bytes.fromhex(init["key"]))
     try:
         _serve(connection, init)
     except BaseException:
@@ -244,10 +285,74 @@ def main() -> None:
     os._exit(0)  # waits for nothing that a broken GPU context could hold up
 
 
+def _slurm_order(file: Path, base: int) -> dict[str, Any]:
+    """What a driver wrote for all its workers, with this one's number. Errors: UserError if the driver has gone."""
+    try:
+        order = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"the driver has gone: there is no {file}") from None
+    return {**order, "spawn": base + int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))}
+
+
+def _connect(address: str | list[Any], key: bytes) -> Connection:
+    """The connection to the driver, both sides having proved that they know the key.
+
+    ``address``: the path of a Unix socket, or [host, port]. Errors: UserError if nobody answers there.
+    """
+    if isinstance(address, str):
+        return Client(address, authkey=key)
+    host, port = address
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=10.0)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{socket.gethostname()} cannot reach the driver at {host} port {port}: {error}; is it running, "
+                    "and may this node open connections to it? (backend.host and backend.port choose the address)"
+                ) from None
+            time.sleep(1.0)
+    notice_dead_peer(sock)
+    sock.settimeout(None)
+    connection = Connection(sock.detach())
+    try:
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+    except Exception as error:
+        raise UserError(f"what answers at {host} port {port} is not this worker's driver ({error!r})") from None
+    return connection
+
+
+def _heed_signals(worker: Worker, init: dict[str, Any]) -> None:
+    """SIGTERM reaches every process of a Slurm job that is to end: a worker of a pool leaves it to its driver, a worker
+    that is a job of its own goes. Processes that trials fork have their defaults back."""
+    chosen = {signal.SIGTERM}
+    if "signal" in init:
+        chosen.add(signal.Signals[f"SIG{init['signal']}"])
+    for number in chosen:
+        name = signal.Signals(number).name
+
+        def handle(*_: object, name: str = name) -> None:
+            if "signal" in init:
+                worker.leave(f"was told to go by {name} (preempted, cancelled, or near its time limit)")
+
+        signal.signal(number, handle)
+
+    def restore() -> None:
+        for number in chosen:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=restore)
+
+
 def _serve(connection: Connection, init: dict[str, Any]) -> None:
     interpreter = Interpreter(init["threads"])
     worker = Worker(connection, "cpu", interpreter)
-    worker.send(m="hello", spawn=init["spawn"], pid=os.getpid())
+    _heed_signals(worker, init)
+    place = {"node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "job": own_slurm_job()}
+    worker.send(m="hello", spawn=init["spawn"], pid=os.getpid(), **place)
     threading.Thread(target=worker.listen, daemon=True).start()
     worker.device = warm_up(init["warm"], init["threads"], init["gpu"])
     interpreter.remember_torch()

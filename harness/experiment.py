@@ -21,8 +21,9 @@ from backends.context import RestoredTrial
 from backends.curve_store import CurveStore
 from backends.function_backend import threads_per_worker
 from backends.local import LocalTrialBackend
-from backends.pool import PoolBackend, WorkerPool
+from backends.pool import PoolBackend
 from backends.simulated import Counts, SimulatedBackend, VirtualClock
+from backends.workers import Workers
 from harness import record
 from harness.curves import curve_identity
 from harness.instantiate import instantiate
@@ -58,7 +59,7 @@ class Shared:
     """What the cells of a sweep have in common. ``pool``: the warm workers, started by the first call; ``store`` and
     ``counts``: of ``backend=simulated``."""
 
-    pool: Callable[[], WorkerPool]
+    pool: Callable[[], Workers]
     store: CurveStore | None = None
     counts: Counts = field(default_factory=Counts)
 
@@ -207,7 +208,7 @@ def _backend(
         "run": run,
         "max_retries": options["max_retries"],
     }
-    if options["name"] == "pool":
+    if options["name"] in ("pool", "slurm"):
         return PoolBackend(TRIAL_FUNCTION, pool=shared.pool(), **common)
     if options["name"] == "simulated":
         assert shared.store is not None

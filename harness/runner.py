@@ -1,6 +1,7 @@
 """Run a plan: one cell after the other, skipping what is finished, surviving what fails."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import sqlite3
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from backends.curve_store import CurveStore
 from backends.local import LocalTrialBackend
 from backends.pool import WorkerPool
 from backends.simulated import Counts
+from backends.slurm_commands import Resources
+from backends.workers import Workers
 from harness.curves import shown_counts
 from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, Shared, run_cell, trial_settings
 from harness.progress import Display
@@ -187,7 +190,7 @@ class _Machinery:
     """What cells share: the warm workers and the curve store, kept as long as the cells ask for the same ones."""
 
     def __init__(self, meta: dict[str, Any]) -> None:
-        self._pool: WorkerPool | None = None
+        self._pool: Workers | None = None
         self._pool_key: tuple[Any, ...] = ()
         self._prepared: set[str] = set()  # tasks and variants that workers were told of
         self._stores: dict[str, CurveStore] = {}
@@ -198,7 +201,7 @@ class _Machinery:
         kind = cell.config["backend"]["name"]
         if kind == "local":
             self._check_local(cell)
-        elif kind == "pool":
+        elif kind in ("pool", "slurm"):
             self._workers(cell, display)
         shared = Shared(pool=lambda: self._workers(cell, display))
         if kind == "simulated":
@@ -215,17 +218,22 @@ class _Machinery:
             store.close()
         self._stores.clear()
 
-    def _workers(self, cell: Cell, display: Display) -> WorkerPool:
+    def _workers(self, cell: Cell, display: Display) -> Workers:
         """The warm workers, prepared for the cell's task and variant; started if there are none that fit."""
         backend, settings = cell.config["backend"], trial_settings(cell)
         count = cell.config["n_workers"]
         if backend["name"] == "simulated":
             count = backend["processes"] or gpus.default_n_workers()
-        key = (count, backend["threads"], backend["stop_grace"])
+        common = {"threads": backend["threads"], "stop_grace": backend["stop_grace"]}
+        key = (count, json.dumps(backend if backend["name"] == "slurm" else common, sort_keys=True))
         if self._pool is None or key != self._pool_key:
             self._close_pool()
             display.message(f"starting {count} worker{'s' if count > 1 else ''} ...")
-            self._pool, self._pool_key = WorkerPool(count, threads=backend["threads"], stop_grace=key[2]), key
+            if backend["name"] == "slurm":
+                self._pool = _slurm_workers(cell, display.message, **common)
+            else:
+                self._pool = WorkerPool(count, **common)
+            self._pool_key = key
         wanted = _task_and_variant(settings)
         if wanted not in self._prepared:
             self._pool.prepare(PREPARE_FUNCTION, settings)
@@ -244,6 +252,17 @@ class _Machinery:
         if self._pool is not None:
             self._pool.close()
         self._pool, self._prepared = None, set()
+
+
+def _slurm_workers(cell: Cell, warn: Callable[[str], None], **common: Any) -> Workers:
+    from backends.slurm import SlurmWorkers
+
+    backend = cell.config["backend"]
+    names = [field.name for field in dataclasses.fields(Resources) if field.name in backend]
+    chosen = {name: backend[name] for name in ("host", "port", "signal", "signal_seconds")}
+    folder = _paths(cell).root.parent / ".workers"
+    resources = Resources(**{name: backend[name] for name in names})
+    return SlurmWorkers(cell.config["n_workers"], resources, folder=folder, warn=warn, **chosen, **common)
 
 
 def _task_and_variant(settings: dict[str, Any]) -> str:

@@ -81,6 +81,20 @@ class Backend:
     charge_decisions: bool = option("simulated: whether the scheduler's own time counts")
     processes: int | None = option("simulated: real workers for what the store lacks; null: one a GPU, else 2", min=1)
 
+    partition: str | None = option("slurm: partition of the workers; null: the site's default")
+    account: str | None = option("slurm: account of the workers")
+    qos: str | None = option("slurm: quality of service of the workers")
+    time: str | None = option("slurm: time limit of a worker, as in 4:00:00; one that ends is replaced")
+    gres: str | None = option("slurm: GPUs of one worker, as in gpu:1")
+    cpus: int | None = option("slurm: CPUs of one worker", min=1)
+    mem: str | None = option("slurm: memory of one worker, as in 16G")
+    extra: list[str] = option("slurm: further options of sbatch")  # noqa: RUF009
+    setup: list[str] = option("slurm: lines of shell before a worker starts")  # noqa: RUF009
+    host: str | None = option("slurm: address at which nodes reach the driver; null: its host name")
+    port: int = option("slurm: port of the driver; 0: any that is free", min=0, max=65535)
+    signal: str = option("slurm: signal before a worker's time limit", choices="USR1 USR2 TERM")
+    signal_seconds: int = option("slurm: how long before the time limit", min=1, max=65535)
+
 
 @dataclass
 class Tracker:
@@ -107,6 +121,8 @@ OUTSIDE_IDENTITY = (
     frozenset({"name", "results_dir", "save_model", "tracker", "launch"})
     | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models"))
     | frozenset(f"backend.{key}" for key in ("store", "max_gib", "processes"))
+    | frozenset(f"backend.{key}" for key in ("partition", "account", "qos", "time", "gres", "cpus", "mem", "extra"))
+    | frozenset(f"backend.{key}" for key in ("setup", "host", "port", "signal", "signal_seconds"))
 )
 FIXED = frozenset({"backend.name", "launch.name"})  # what a YAML is, not what it can be told
 

@@ -107,18 +107,21 @@ def train(ctx: TrialContext, clock: "Clock", unreported: dict[str, Any]) -> None
             report["flops"] |= unreported["flops"]
         improved = better(report["validation_score"], best, settings["task"]["mode"])
         best = report["validation_score"] if improved else best
-        at_milestone = training.epoch == milestone
+        at_milestone, leaving = training.epoch == milestone, ctx.interrupted()
+        due = time.perf_counter() - saved_at >= settings.get("checkpoint_seconds", CHECKPOINT_SECONDS)
         with clock.charging("checkpoint"):
             if wanted(settings, improved, at_milestone):
                 keep = OVERRUN if settings.get("save_model") == "best" else 1
                 save_model(Path(settings["model_dir"]), ctx.trial_id, moved(x, record), training, report, keep)
-            if at_milestone or time.perf_counter() - saved_at >= settings.get("checkpoint_seconds", CHECKPOINT_SECONDS):
+            if at_milestone or leaving or due:
                 resent = {**report, "busy": dict(clock.seconds)}
                 run = training.state_dict()
                 ctx.save({**NOTHING, "run": run, "warm_start": record, "report": resent, "best": best})
                 saved_at = time.perf_counter()
         ctx.report(**report, busy=clock.take())
         unreported.clear()
+        if leaving:
+            return
 
 
 def one_epoch(ctx: TrialContext, training: Run, clock: "Clock") -> dict[str, Any] | None:

@@ -233,6 +233,9 @@ class Listener(TrialContext):
     def should_stop(self) -> bool:
         return False
 
+    def interrupted(self) -> bool:
+        return False
+
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
         write_checkpoint(state)
 

@@ -63,6 +63,9 @@ class Context:
     def should_stop(self) -> bool:
         return False
 
+    def interrupted(self) -> bool:
+        return False
+
 
 def one_at_a_time(task: ImageTask, config: dict[str, Any], seed: int, epochs: int = EPOCHS) -> TrainedTrial:
     run, trial = task.start(config, seed), TrainedTrial(config, seed)

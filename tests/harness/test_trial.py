@@ -49,6 +49,9 @@ class FolderContext:
         self.stop_after -= 1
         return self.stop_after < 0
 
+    def interrupted(self) -> bool:
+        return False
+
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
         torch.save(state, self.folder / "state.pt")
         self.saves.append({"reports": len(self.reports), "begun": state["run"] is not None})
