@@ -36,6 +36,7 @@ from backends.pool import PoolBackend
 from backends.slurm_commands import HELD_BY_THE_SITE, Resources, SlurmError
 from backends.workers import Worker, Workers, worker_python_path, worker_sys_path
 
+CONNECT_SECONDS = 30.0  # a worker that cannot reach its driver holds a GPU no longer
 LOOK = 2.0, 10.0  # seconds between two looks at the queue: while workers are missing, otherwise
 MISSING_LOOKS = 3  # in which a job is not in the queue before it counts as ended
 RETRY = 10.0  # seconds until a submission is tried again that Slurm did not answer
@@ -127,18 +128,20 @@ class SlurmWorkers(Workers):
         self.warn, self._options = warn, resources.options()
         self._host = host or socket.gethostname()
         self._begun = self._last_word = time.monotonic()
+        self._worked = False  # whether any worker has ever been ready
         listener = _listener(self._host, port)
         self._folder = Path(folder).absolute() / f"workers-{secrets.token_hex(4)}"
         threads = threads or resources.cpus or 1
         super().__init__(n_workers, threads, stop_grace, listener)
         order = {
-            "address": [self._host, listener.getsockname()[1]],
+            "address": _advertised(self._host, listener.getsockname()[1]),
             "key": self._key.hex(),
             "sys_path": worker_sys_path(),
             "threads": threads,
             "warm": list(warm),
             "gpu": True,  # if torch sees one
             "signal": signal,
+            "connect_seconds": CONNECT_SECONDS,
         }
         _write_order(self._folder, order, resources.setup)
         self._options += [f"--signal=B:{signal}@{signal_seconds}"]
@@ -189,6 +192,11 @@ class SlurmWorkers(Workers):
         self._expect(job)
         self._cluster.submit(job)
 
+    def _is_fatal(self, worker: Worker) -> bool:
+        """Of the first workers fewer have to fail: what keeps them from working is probably the same for all."""
+        self._cluster.suspect(worker.handle)
+        return super()._is_fatal(worker) or (not self._worked and self._failed_starts >= self.n_workers)
+
     def _on_hello(self, worker: Worker, hello: dict[str, Any]) -> None:
         job = worker.handle
         assert isinstance(job, _SlurmJob)
@@ -199,6 +207,7 @@ class SlurmWorkers(Workers):
         """What the thread has heard from Slurm; a word about workers that do not come."""
         for message in self._cluster.news():
             self.warn(message)
+        self._worked = self._worked or any(worker.state in ("idle", "busy") for worker in self._workers)
         connected = sum(worker.connection is not None for worker in self._workers)
         self._cluster.interval = LOOK[connected == len(self._workers)]
         now = time.monotonic()
@@ -293,7 +302,7 @@ class _Conversation:
         self._orders: queue.SimpleQueue[tuple[str, _SlurmJob | None]] = queue.SimpleQueue()
         self._news: queue.SimpleQueue[Callable[[], str | None]] = queue.SimpleQueue()
         self._jobs: dict[int, _SlurmJob] = {}  # those that may still be in Slurm
-        self._bad_nodes: list[str] = []  # where a worker was lost while Slurm thought that it ran
+        self._bad_nodes: list[str] = []  # where workers failed, or were lost while Slurm thought that they ran
         self._postponed: list[tuple[float, _SlurmJob]] = []
         self._said: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="slurm")
@@ -311,6 +320,11 @@ class _Conversation:
 
     def cancel(self, job: _SlurmJob) -> None:
         self._orders.put(("cancel", job))
+
+    def suspect(self, job: Any) -> None:
+        """Its node may be the reason why it failed: the next worker should not go there."""
+        if job.node and job.node not in self._bad_nodes:
+            self._bad_nodes.append(job.node)
 
     def news(self) -> list[str]:
         """Take over what has been heard; returns messages for people."""
@@ -370,8 +384,8 @@ class _Conversation:
             if not job.over:
                 time.sleep(1.0)  # a script whose process has died ends at once
                 now = slurm_commands.jobs().get(job.id)
-                if now is not None and now.state == "RUNNING" and now.node not in self._bad_nodes:
-                    self._bad_nodes.append(now.node)
+                if now is not None and now.state == "RUNNING":
+                    self.suspect(now)
             slurm_commands.cancel([job.id])
         except SlurmError as error:
             self._say_once(f"warning: {error}")
@@ -439,6 +453,11 @@ def _listener(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on port {port}: {error}; choose another one, or 0 for any that is free"
         ) from None
+
+
+def _advertised(host: str, port: int) -> list[Any]:
+    """Where workers are told to connect to."""
+    return [host, port]
 
 
 def _write_order(folder: Path, order: dict[str, Any], setup: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ from backends.attempt import Attempt, AttemptSpec, Outcome, call, die_with_paren
 from backends.context import UserError, to_json
 from backends.sockets import notice_dead_peer
 
-CONNECT_SECONDS = 30.0  # a worker without a driver holds its GPU no longer
+REFUSED_SECONDS = 5.0  # a driver listens before it submits its workers
 
 
 class Interpreter:
@@ -269,7 +269,7 @@ def main() -> None:
         init = (
             _slurm_order(Path(sys.argv[1]), int(sys.argv[2])) if in_slurm else json.loads(sys.stdin.buffer.readline())
         )
-        connection = _connect(init["address"], bytes.fromhex(init["key"]))
+        connection = _connect(init["address"], bytes.fromhex(init["key"]), init.get("connect_seconds", 0.0))
     except UserError as error:
         sys.exit(str(error))
     if in_slurm and os.getpgrp() != os.getpid():
@@ -294,21 +294,23 @@ def _slurm_order(file: Path, base: int) -> dict[str, Any]:
     return {**order, "spawn": base + int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))}
 
 
-def _connect(address: str | list[Any], key: bytes) -> Connection:
+def _connect(address: str | list[Any], key: bytes, patience: float) -> Connection:
     """The connection to the driver, both sides having proved that they know the key.
 
-    ``address``: the path of a Unix socket, or [host, port]. Errors: UserError if nobody answers there.
+    ``address``: the path of a Unix socket, or [host, port]. Errors: UserError if nobody answers there for ``patience``
+    seconds.
     """
     if isinstance(address, str):
         return Client(address, authkey=key)
     host, port = address
-    deadline = time.monotonic() + CONNECT_SECONDS
+    begun = time.monotonic()
     while True:
         try:
             sock = socket.create_connection((host, port), timeout=10.0)
             break
         except OSError as error:
-            if time.monotonic() > deadline:
+            refused = isinstance(error, ConnectionRefusedError)  # by a machine that is up: the driver is gone
+            if time.monotonic() - begun > (min(patience, REFUSED_SECONDS) if refused else patience):
                 raise UserError(
                     f"{socket.gethostname()} cannot reach the driver at {host} port {port}: {error}; is it running, "
                     "and may this node open connections to it? (backend.host and backend.port choose the address)"

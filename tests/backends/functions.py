@@ -197,3 +197,20 @@ def timed(ctx: TrialContext) -> None:
         )
         ctx.save(state, report={"epoch": epoch, "loss": ctx.config["x"] / epoch, "busy": busy})
         first = False
+
+
+def polite(ctx: TrialContext) -> None:
+    """Reports 1 ... config["epochs"]; checkpoints every tenth, and when it is interrupted: then it leaves."""
+    state = ctx.load() or {"epoch": 0}
+    resumed_at = state["epoch"]
+    while state["epoch"] < ctx.config["epochs"] and not ctx.should_stop():
+        time.sleep(ctx.config.get("sleep", 0))
+        state["epoch"] += 1
+        report = {"epoch": state["epoch"], "resumed_at": resumed_at, "pid": os.getpid()}
+        leaving = ctx.interrupted()
+        if leaving or state["epoch"] % 10 == 1:
+            ctx.save(state, report=report)
+        else:
+            ctx.report(**report)
+        if leaving:
+            return
