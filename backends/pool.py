@@ -227,6 +227,18 @@ class PoolBackend(FunctionBackend):
         self._jobs: dict[int, Job] = {}  # the latest attempt of each trial, until it has ended
         self._halted: set[int] = set()  # trials whose latest attempt is to be ignored
 
+    def announce_workers(self) -> None:
+        """From now on every worker that is a Slurm job is an event (``{"e": "worker", "job", "node"}``), those that are
+        there already included."""
+        self.pool.on_worker = self._on_worker
+        for info in self.pool.info():
+            if info["startup"] is not None:
+                self._on_worker(info)
+
+    def _on_worker(self, place: dict[str, Any]) -> None:
+        if "job" in place:
+            self.on_event({"e": "worker", "job": place["job"], "node": place["node"]})
+
     def interrupt(self, seconds: float) -> None:
         """Let running trials checkpoint at the end of their epoch, for ``seconds`` at most; what they report meanwhile
         comes again from the checkpoints."""
@@ -234,6 +246,7 @@ class PoolBackend(FunctionBackend):
 
     def close(self) -> None:
         """End the pool, if it is this backend's own."""
+        self.pool.ignore_workers()
         if self._owns_pool:
             self.pool.close()
 

@@ -77,7 +77,7 @@ class _SlurmJob:
 
     @property
     def innocent(self) -> bool:
-        return self.over and self.state in HELD_BY_THE_SITE
+        return self.over and self.state in (*HELD_BY_THE_SITE, "REQUEUED")
 
     def ended(self) -> bool:
         return self.over
@@ -131,6 +131,7 @@ class SlurmWorkers(Workers):
         self._worked = False  # whether any worker has ever been ready
         listener = _listener(self._host, port)
         self._folder = Path(folder).absolute() / f"workers-{secrets.token_hex(4)}"
+        _sweep(self._folder.parent)
         threads = threads or resources.cpus or 1
         super().__init__(n_workers, threads, stop_grace, listener)
         order = {
@@ -141,6 +142,7 @@ class SlurmWorkers(Workers):
             "warm": list(warm),
             "gpu": True,  # if torch sees one
             "signal": signal,
+            "driver": {"host": socket.gethostname(), "pid": os.getpid()},
             "connect_seconds": CONNECT_SECONDS,
         }
         _write_order(self._folder, order, resources.setup)
@@ -425,7 +427,9 @@ def _update(job: _SlurmJob, now: slurm_commands.Job | None) -> None:
             job.over, job.state = True, "no longer in the queue"
         return
     job.missing, job.state, job.reason, job.node = 0, now.state, now.reason, now.node or job.node
-    job.over = not now.active
+    if now.restarts:  # put back into the queue: its worker is to be given up, the job will be cancelled
+        job.state = "REQUEUED"
+    job.over = not now.active or bool(now.restarts)
 
 
 def _submit(
@@ -434,7 +438,7 @@ def _submit(
     """Submit workers ``spawn`` to ``spawn + count - 1``, the first ones as a job array, to other nodes than
     ``exclude``; returns the id of their job."""
     log = f"worker-{'%a' if spawn == 0 else spawn}.log"
-    own = ["--job-name=ohgw-worker", f"--comment=ohgw-workers:{folder.name}", "--nodes=1", "--ntasks=1", "--no-requeue",
+    own = ["--job-name=ohgw-worker", f"--comment={_comment(folder)}", "--nodes=1", "--ntasks=1", "--no-requeue",
            f"--output={folder}/{log}", *([f"--array=0-{count - 1}"] if spawn == 0 else []),
            *([f"--exclude={','.join(exclude)}"] if exclude else [])]  # fmt: skip
     words = (str(folder), str(spawn), str(threads), worker_python_path(), sys.executable)
@@ -458,6 +462,36 @@ def _listener(host: str, port: int) -> socket.socket:
 def _advertised(host: str, port: int) -> list[Any]:
     """Where workers are told to connect to."""
     return [host, port]
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what drivers of this machine that were killed have left in ``parent``, and their jobs."""
+    dead = [file.parent for file in parent.glob("workers-*/connection.json") if _is_dead(file)]
+    if not dead:
+        return
+    comments = {_comment(folder) for folder in dead}
+    with contextlib.suppress(SlurmError):  # they end by themselves
+        if ids := [job.id for job in slurm_commands.jobs().values() if job.active and job.comment in comments]:
+            slurm_commands.cancel(ids)
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_dead(file: Path) -> bool:
+    try:
+        driver = json.loads(file.read_bytes())["driver"]
+        if driver["host"] == socket.gethostname():
+            os.kill(driver["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError):  # another user's, or gone meanwhile
+        pass
+    return False
+
+
+def _comment(folder: Path) -> str:
+    """By which the jobs of a driver are known."""
+    return f"ohgw-workers:{folder.name}"
 
 
 def _write_order(folder: Path, order: dict[str, Any], setup: Sequence[str]) -> None:

@@ -203,6 +203,10 @@ class Workers:
             job.on_message = _ignore
             self.stop(job)
 
+    def ignore_workers(self) -> None:
+        """Nobody wants to hear of new workers any more."""
+        self.on_worker = _ignore_worker
+
     def interrupt(self, seconds: float) -> None:
         """Let running attempts checkpoint at the end of their epoch; returns when all have ended or time is up.
         Nobody hears of any attempt any more: what they report is in their checkpoints."""
