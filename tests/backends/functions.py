@@ -214,3 +214,17 @@ def polite(ctx: TrialContext) -> None:
             ctx.report(**report)
         if leaving:
             return
+
+
+def forks(ctx: TrialContext) -> None:
+    """Reports its pid; then how a forked child ended that it terminated."""
+    import multiprocessing
+
+    ctx.report(epoch=1, pid=os.getpid())
+    time.sleep(0.3)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.1)
+    child.terminate()
+    child.join(20)
+    ctx.report(epoch=2, pid=os.getpid(), child=child.exitcode)

@@ -1,12 +1,13 @@
 """PoolBackend on real worker processes."""
 
 import os
+import signal
 import time
 from multiprocessing.connection import Client
 
 import pytest
 
-from backends.context import RestoredTrial, UserError
+from backends.context import RestoredTrial, UserError, checkpoint_files, reports_before
 from backends.function_backend import Status
 from backends.pool import PoolBackend, PoolError, WorkerPool
 from tests.backends.conftest import FUNCTIONS, epochs, finish, follow, is_alive, wait_until
@@ -361,6 +362,36 @@ def test_close_leaves_nothing_behind():
     assert not folder.exists()
     with pytest.raises(UserError, match="n_workers"):
         WorkerPool(0)
+
+
+def test_an_interrupted_backend_leaves_checkpoints_of_the_epochs_in_flight(pool, tmp_path):
+    b = backend(pool, "polite", tmp_path)
+    for _ in range(3):  # the third one has not begun
+        b.start_trial({"epochs": 1000, "sleep": 0.02})
+    _, results = follow(b, [0, 1, 2], lambda _, results: len(results) >= 8)
+    b.interrupt(20.0)
+    for k in (0, 1):
+        reported = sum(trial == k for trial, _ in results)
+        saved = reports_before(checkpoint_files(b.trial_path(k))[-1].read_bytes())
+        assert saved >= reported > 1, "nothing that was reported is trained again"
+    assert not checkpoint_files(b.trial_path(2))
+    again = backend(pool, "polite", tmp_path, run=2)
+    known = [report for trial, report in results if trial == 0]
+    again.restore([RestoredTrial(0, {"epochs": saved + 40, "sleep": 0.02}, known, "paused")])
+    again.resume_trial(0)
+    more = epochs(finish(again, [0])[1][0])
+    assert epochs(known) + more == list(range(1, saved + 41))
+
+
+def test_sigterm_is_for_the_driver_and_processes_that_trials_fork_have_their_own_again(pool, tmp_path):
+    """Slurm sends it to every process of a job that has to end."""
+    b = backend(pool, "forks", tmp_path)
+    b.start_trial({})
+    _, results = follow(b, [0], lambda _, results: results)
+    os.kill(results[0][1]["pid"], signal.SIGTERM)
+    statuses, reports = finish(b, [0])
+    assert statuses == {0: Status.completed}
+    assert reports[0][-1] == reports[0][-1] | {"epoch": 2, "pid": results[0][1]["pid"], "child": -signal.SIGTERM}
 
 
 def test_info(pool):

@@ -38,6 +38,7 @@ class FolderContext:
         self.reports: list[dict[str, Any]] = []
         self.saves: list[dict[str, Any]] = []
         self.stop_after = 10**9
+        self.interrupt_after = 10**9  # epochs
         self.started = time.perf_counter()
 
     def report(self, **metrics: Any) -> None:
@@ -50,7 +51,7 @@ class FolderContext:
         return self.stop_after < 0
 
     def interrupted(self) -> bool:
-        return False
+        return len(self.reports) + 1 >= self.interrupt_after
 
     def save(self, state: dict[str, Any], report: dict[str, Any] | None = None) -> None:
         torch.save(state, self.folder / "state.pt")
@@ -65,12 +66,13 @@ class FolderContext:
 def attempt(tmp_path):
     """attempt(ohgw, epochs, ...) runs one attempt of the trial in ``tmp_path`` and returns its context."""
 
-    def run(ohgw=None, epochs=2, folder="a", config=None, crash_at=None, **settings):
+    def run(ohgw=None, epochs=2, folder="a", config=None, crash_at=None, interrupt_after=10**9, **settings):
         path = tmp_path / folder
         path.mkdir(exist_ok=True)
         ctx = FolderContext(
             path, ohgw or {"estimator": "off"}, {**(config or CONFIG), "epochs": epochs}, crash_at, **settings
         )
+        ctx.interrupt_after = interrupt_after
         try:
             trial.run(ctx)
         except Crash:
@@ -116,6 +118,16 @@ def test_a_paused_and_resumed_trial_equals_an_uninterrupted_one(attempt):
     second = attempt(ON, epochs=4, folder="paused").reports
     assert second[0] == {**first[-1], "busy": second[0]["busy"]}  # sent again, in case the driver never got it
     assert learning(first + second[1:]) == learning(straight)
+
+
+def test_an_interrupted_trial_checkpoints_at_the_end_of_its_epoch_and_goes_on_as_if_nothing_had_happened(attempt):
+    straight = attempt(ON, epochs=5, folder="straight").reports
+    first = attempt(ON, epochs=5, folder="cut", interrupt_after=3)
+    assert [report["epoch"] for report in first.reports] == [1, 2, 3]
+    assert first.saves[-1] == {"reports": 2, "begun": True}  # before the report of its epoch
+    second = attempt(ON, epochs=5, folder="cut").reports
+    assert [report["epoch"] for report in second] == [3, 4, 5]
+    assert learning(first.reports + second[1:]) == learning(straight)
 
 
 def test_a_zero_step_is_vanilla_bit_for_bit(attempt):
