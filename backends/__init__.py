@@ -1,5 +1,5 @@
-"""Syne Tune backends for trial functions: ``PoolBackend`` (warm workers), ``LocalTrialBackend`` (a process a trial) and
-``SimulatedBackend`` (virtual workers over a store of curves)."""
+"""Syne Tune backends for trial functions: ``PoolBackend`` (warm workers), ``SlurmBackend`` (warm workers that are Slurm
+jobs), ``LocalTrialBackend`` (a process a trial) and ``SimulatedBackend`` (virtual workers over a store of curves)."""
 
 import importlib
 from typing import Any
@@ -9,6 +9,8 @@ _HOMES = {
     "LocalTrialBackend": "backends.local",
     "PoolBackend": "backends.pool",
     "SimulatedBackend": "backends.simulated",
+    "SlurmBackend": "backends.slurm",
+    "SlurmWorkers": "backends.slurm",
     "WorkerPool": "backends.pool",
 }
 

@@ -240,6 +240,7 @@ class SlurmBackend(PoolBackend):
         port: int = 0,
         threads: int | None = None,
         stop_grace: float = 10.0,
+        warm: Sequence[str] = ("torch",),
         settings: dict[str, Any] | None = None,
         seed: int = 0,
         path: str | Path | None = None,
@@ -249,7 +250,7 @@ class SlurmBackend(PoolBackend):
         **resources: Any,
     ):
         """``resources``: the fields of ``backends.slurm_commands.Resources`` (partition, gres, cpus, mem, time, ...),
-        of one worker; ``folder`` to ``stop_grace`` as in ``SlurmWorkers``; the rest as in ``PoolBackend``. Checkpoints
+        of one worker; ``folder`` to ``warm`` as in ``SlurmWorkers``; the rest as in ``PoolBackend``. Checkpoints
         go to ``path`` (default: where the Tuner says), which the nodes must share. Errors: UserError."""
         workers = SlurmWorkers(
             n_workers,
@@ -259,6 +260,7 @@ class SlurmBackend(PoolBackend):
             port=port,
             threads=threads,
             stop_grace=stop_grace,
+            warm=warm,
         )
         super().__init__(
             function,

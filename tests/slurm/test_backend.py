@@ -31,7 +31,7 @@ def start(cluster, tmp_path, monkeypatch):
     backends = []
 
     def make(function: str, n_workers: int = 1, wait: bool = True, **options) -> SlurmBackend:
-        common = {"gres": "gpu:1", "cpus": 1, "mem": "500M", "path": str(tmp_path / "exp")}
+        common = {"gres": "gpu:1", "cpus": 1, "mem": "500M", "path": str(tmp_path / "exp"), "warm": ()}
         backend = SlurmBackend(f"{FUNCTIONS}.{function}", n_workers=n_workers, **{**common, **options})
         backends.append(backend)
         if wait:
@@ -65,7 +65,7 @@ def running(backend: SlurmBackend, trial_id: int, reports: int = 2) -> None:
 
 
 def test_trials_run_on_jobs_of_one_array_and_leave_nothing(start, tmp_path):
-    backend = start("count", n_workers=3)
+    backend = start("count", n_workers=3, warm=("torch",))
     trials = [backend.start_trial({"epochs": 4, "x": 1.0}).trial_id for _ in range(7)]
     statuses, reports = finish(backend, trials)
     assert set(statuses.values()) == {Status.completed}
@@ -99,7 +99,7 @@ def test_the_key_is_for_this_user_only_and_strangers_are_not_heard(start, tmp_pa
 
 def test_trials_start_as_soon_as_some_workers_have(start):
     """Eight GPUs for twelve workers."""
-    backend = start("count", n_workers=12)
+    backend = start("report_only", n_workers=12)
     trials = [backend.start_trial({"epochs": 2, "x": 1.0}).trial_id for _ in range(12)]
     assert set(finish(backend, trials, 60)[0].values()) == {Status.completed}
     assert sum(info["startup"] is not None for info in backend.pool.info()) <= 8
