@@ -1,7 +1,7 @@
 """What all backends that run a trial function share: paths, attempts, numbered reports, retries, restoring."""
 
 import os
-import shutil
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -24,6 +24,7 @@ from backends.context import RestoredTrial, UserError, attempt_name, checkpoint_
 __all__ = ["FunctionBackend", "LocalBackend", "Status"]  # LocalBackend from here, without its side effect
 
 WAIT = 0.2  # seconds fetch_status_results blocks at most, so that the Tuner sees its stopping criterion
+_OF_ATTEMPT = re.compile(r"\d{4,}-\d{4,}")  # how the files of an attempt begin (attempt_name)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -130,7 +131,7 @@ class FunctionBackend(TrialBackend):
     # ---- Syne Tune's interface
 
     def start_trial(self, config: dict[str, Any], checkpoint_trial_id: int | None = None) -> TrialResult:
-        """As in Syne Tune; files that an earlier run left under the new trial's number are deleted first."""
+        """As in Syne Tune; files that earlier runs left under the new trial's number are deleted first."""
         self._delete_files(self.new_trial_id())
         return super().start_trial(config, checkpoint_trial_id)
 
@@ -178,6 +179,9 @@ class FunctionBackend(TrialBackend):
         self._last_metric_seen_index[trial_id] = len(metrics)
         self._fresh = [item for item in self._fresh if item[0] != trial_id]
 
+    def interrupt(self, seconds: float) -> None:
+        """Let running trials checkpoint before the process ends, for ``seconds`` at most, where a backend can do so."""
+
     def stop_all(self) -> None:
         """Stop what runs and wait until it has stopped; checkpoints stay, unless ``delete_checkpoints``."""
         for trial_id, trial in self._trial_dict.items():
@@ -197,9 +201,14 @@ class FunctionBackend(TrialBackend):
             file.unlink(missing_ok=True)
 
     def _delete_files(self, trial_id: int) -> None:
-        folder = self.trial_path(trial_id)
-        if folder.exists():
-            shutil.rmtree(folder)
+        """Delete what runs up to this one left of the trial; nothing if a later run has it: then this one is a ghost's
+        and the trial not its own."""
+        folder, later = self.trial_path(trial_id), attempt_name(self.run + 1, 0)
+        files = [file for file in folder.glob("*") if _OF_ATTEMPT.match(file.name)]
+        if any(file.name >= later for file in files):
+            return
+        for file in (*files, folder / "std.out", folder / "std.err"):
+            file.unlink(missing_ok=True)
 
     def stdout(self, trial_id: int) -> list[str]:
         return _lines(self.trial_path(trial_id) / "std.out")

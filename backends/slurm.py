@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import queue
+import resource
 import secrets
 import shutil
 import socket
@@ -37,6 +38,7 @@ from backends.slurm_commands import HELD_BY_THE_SITE, Resources, SlurmError
 from backends.workers import Worker, Workers, worker_python_path, worker_sys_path
 
 CONNECT_SECONDS = 30.0  # a worker that cannot reach its driver holds a GPU no longer
+OTHER_FILES = 256  # that a driver has open besides its workers' connections
 LOOK = 2.0, 10.0  # seconds between two looks at the queue: while workers are missing, otherwise
 MISSING_LOOKS = 3  # in which a job is not in the queue before it counts as ended
 RETRY = 10.0  # seconds until a submission is tried again that Slurm did not answer
@@ -125,6 +127,7 @@ class SlurmWorkers(Workers):
         """
         if n_workers < 1:
             raise UserError(f"n_workers must be at least 1, got {n_workers}")
+        _allow_files(n_workers + OTHER_FILES)
         self.warn, self._options = warn, resources.options()
         self._host = host or socket.gethostname()
         self._begun = self._last_word = time.monotonic()
@@ -459,6 +462,18 @@ def _listener(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on port {port}: {error}; choose another one, or 0 for any that is free"
         ) from None
+
+
+def _allow_files(count: int) -> None:
+    """See to it that this process may have so many files and connections open. Errors: UserError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count <= hard or (soft < count and hard == resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    elif soft < count:
+        raise UserError(
+            f"{count - OTHER_FILES} workers need {count} open files, this machine allows {hard} (ulimit -Hn): take "
+            "fewer, or have the limit raised"
+        )
 
 
 def _advertised(host: str, port: int) -> list[Any]:

@@ -61,7 +61,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Job:
-    """A job or a task of a job array, as ``squeue`` shows it. ``id``: ``12`` or ``12_3``; ``reason``: why it waits."""
+    """A job or a task of a job array, as ``squeue`` shows it. ``id``: ``12`` or ``12_3``; ``reason``: why it waits;
+    ``begin``, ``end``: seconds since the epoch (expected ones of a job that waits or runs), None if not known."""
 
     id: str
     state: str
@@ -70,6 +71,8 @@ class Job:
     comment: str
     raw_id: str = ""
     restarts: int = 0
+    begin: float | None = None
+    end: float | None = None
 
     @property
     def active(self) -> bool:
@@ -85,15 +88,17 @@ def submit(options: Sequence[str], script: Path, *arguments: str) -> str:
 def jobs() -> dict[str, Job]:
     """This user's jobs by id, waiting, running and lately ended ones; each task of an array is one. Errors:
     SlurmError."""
-    shown = "JobArrayID:|,State:|,ReasonList:|,Comment:|,JobID:|,RestartCnt:|,Reason:|,NodeList:"
+    shown = "JobArrayID:|,State:|,ReasonList:|,Comment:|,JobID:|,RestartCnt:|,Reason:|,StartTime:|,EndTime:|,NodeList:"
     found = {}
     for line in _run("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-O", shown).splitlines():
         words = line.strip().split("|")
-        if len(words) == 8:
-            identity, state, where, comment, raw, restarts, reason, node = words
+        if len(words) == 10:
+            identity, state, where, comment, raw, restarts, reason, begin, end, node = words
             why = where[1:-1] if where.startswith("(") and where != "(null)" else reason
             count = int(restarts) if restarts.isdigit() else 0
-            found[identity] = Job(identity, state, why, node, "" if comment == "(null)" else comment, raw, count)
+            times = _seconds(begin), _seconds(end)
+            comment = "" if comment == "(null)" else comment
+            found[identity] = Job(identity, state, why, node, comment, raw, count, *times)
     return found
 
 
@@ -113,6 +118,22 @@ def setting(name: str) -> str | None:
     """A value of slurm.conf (``MaxArraySize``), None if Slurm does not show it. Errors: SlurmError."""
     found = re.search(rf"^{name}\s*=\s*(\S+)", _run("scontrol", "show", "config"), re.MULTILINE)
     return found[1] if found else None
+
+
+def largest_array() -> int:
+    """How many tasks one job array may have. Errors: SlurmError, also where the site has no job arrays."""
+    limits = [int(setting("MaxArraySize") or 1001)]
+    if found := re.search(r"max_array_tasks=(\d+)", setting("SchedulerParameters") or ""):
+        limits.append(int(found[1]))
+    if min(limits) < 1:
+        raise SlurmError("this cluster has no job arrays (MaxArraySize=0)")
+    return min(limits)
+
+
+def gpu_count(gres: str | None) -> int:
+    """GPUs that a value of ``--gres`` asks for: 4 of ``gpu:4`` or ``gpu:v100:4``, 1 of ``gpu``, 0 of none."""
+    entries = [re.fullmatch(r"(?:gres[:/])?gpu(?::[^:(]+)??(?::(\d+))?(?:\(.*\))?", e) for e in (gres or "").split(",")]
+    return sum(int(entry[1] or 1) for entry in entries if entry)
 
 
 # ---- accounting

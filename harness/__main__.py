@@ -1,7 +1,7 @@
 """The command line: ``python -m harness [options] [key=value ...]``.
 
 Exit codes: 0 every cell is finished, 1 a cell failed, 2 the command line is wrong (nothing was run), 3 another command
-is still running some of the cells, 130 interrupted.
+is still running some of the cells, 130 interrupted (with launch=slurm: the jobs go on).
 """
 
 import signal
@@ -38,6 +38,8 @@ options:
   --cfg job   print the composed config of the first cell     --version    print the version
   -v          show what trials printed when a cell ends       -h, --help   this page
   -m          accepted, not needed: every list is a sweep
+with launch=slurm, and the same arguments as when the cells were submitted:
+  --status    how each cell stands (also --json)              --cancel     end the jobs of these cells
 """
 
 EXAMPLES = """\
@@ -45,11 +47,15 @@ examples:
   python -m harness scheduler=pasha ohgw=off,on seed=0..49
   python -m harness ohgw=off,normalized ohgw.eta=0.05,0.1 ohgw.mask=[lr] task.model=mlp seed=0..9 --dry-run
   python -m harness experiment=smoke
+  python -m harness scheduler=pasha ohgw=off,on seed=0..49 launch=slurm launch.partition=gpu launch.time=2:00:00
 exit codes: 0 all cells finished, 1 a cell failed, 2 wrong command line (nothing was run), 3 another command is still
 running some of the cells, 130 interrupted
 """
 
-OPTIONS = ("--help", "--cfg", "--dry-run", "--json", "--multirun", "--verbose", "--version", "-h", "-m", "-v")
+OPTIONS = (
+    "--help", "--cfg", "--dry-run", "--json", "--multirun", "--verbose", "--version", "--status", "--cancel",
+    "-h", "-m", "-v",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +91,16 @@ def _main(argv: list[str], conf: Path) -> int:
         return _print_config(plan, options.json)
     if options.dry_run:
         return _print_plan(plan, options.json)
+    if options.status or options.cancel:
+        from harness import slurm_status
+
+        slurm_status.print_cancel(plan) if options.cancel else slurm_status.print_status(plan, options.json)
+        return 0
     sweep.check_data(plan)
+    if plan.cells[0].config["launch"]["name"] == "slurm":
+        from harness import slurm_sweep
+
+        return slurm_sweep.run(plan, json_output=options.json)
     from harness.runner import run_sweep
 
     return run_sweep(plan, json_output=options.json, verbose=options.verbose)
@@ -109,6 +124,8 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--status", action="store_true")
+    parser.add_argument("--cancel", action="store_true")
     parser.add_argument("--version", action="store_true")
     options, overrides = parser.parse_known_args(argv)
     for word in overrides:
@@ -180,9 +197,8 @@ def _print_plan(plan: Plan, as_json: bool) -> int:
         (cell.task, cell.scheduler, cell.variant, str(cell.seed), state, cell.folder)
         for cell, state in zip(plan.cells, states, strict=True)
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip())
+    for line in sweep.aligned(rows):
+        print(line)
     config = plan.cells[0].config
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
     print(f"\n{len(plan.cells)} cells ({counts}) in {Path(config['results_dir']) / config['name']}")

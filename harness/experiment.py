@@ -8,6 +8,7 @@ again, and so does one in virtual time: its trials are in the curve store, and i
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,12 @@ from backends.pool import PoolBackend
 from backends.simulated import Counts, SimulatedBackend, VirtualClock
 from backends.workers import Workers
 from harness import record
+from harness.accounting import allocation
 from harness.curves import curve_identity
 from harness.instantiate import instantiate
+from harness.leaving import Leaving
 from harness.ohgw import OHGW
+from harness.ownership import SOLE, Ownership, Superseded
 from harness.record import CellPaths, EventLog
 from harness.recorder import Budget, CellClock, Recorder, ReplayError
 from harness.space import Space
@@ -71,19 +75,22 @@ def run_cell(
     meta: dict[str, Any],
     on_event: Callable[[Recorder, dict[str, Any]], None] = lambda recorder, event: None,
     warn: Callable[[str], None] = lambda message: None,
+    ownership: Ownership = SOLE,
 ) -> dict[str, Any]:
-    """Run ``cell`` to its end and return its summary. The caller holds the cell's lock.
+    """Run ``cell`` to its end and return its summary. ``ownership``: from the cell's lock, which the caller holds.
 
-    Raises CellFailed, or KeyboardInterrupt with everything done so far on disk.
+    Raises CellFailed, KeyboardInterrupt with everything done so far on disk, or Superseded.
     """
     try:
-        events = _earlier_events(paths, cell, meta, warn)
-        return _attempt(cell, paths, shared, meta, events, on_event)
+        with ownership.guarded():
+            events = _earlier_events(paths, cell, meta, warn)
+        return _attempt(cell, paths, shared, meta, events, on_event, ownership)
     except ReplayError as error:
-        aside = record.set_aside(paths)
-        warn(f"{paths.folder}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
-        _create(paths, cell, meta)
-        return _attempt(cell, paths, shared, meta, [], on_event)
+        with ownership.guarded():
+            aside = record.set_aside(paths)
+            warn(f"{paths.folder}: its record cannot be continued ({error}); set aside as {aside.name}, starting again")
+            _create(paths, cell, meta)
+        return _attempt(cell, paths, shared, meta, [], on_event, ownership)
 
 
 def _attempt(
@@ -93,13 +100,17 @@ def _attempt(
     meta: dict[str, Any],
     events: list[dict[str, Any]],
     on_event: Callable[[Recorder, dict[str, Any]], None],
+    ownership: Ownership,
 ) -> dict[str, Any]:
     run = 1 + sum(event["e"] == "open" for event in events)
-    backend = _backend(cell, paths, shared, run)
+    # one in virtual time has one run, however often it begins again
+    files_of = ownership.number if cell.config["backend"]["name"] == "simulated" else run
+    backend = _backend(cell, paths, shared, files_of)
     virtual = backend.clock if isinstance(backend, SimulatedBackend) else None
-    log, trials = EventLog(paths.events), _TrialsLog(paths, events)
-    decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
-    opened = {"run": run} | ({} if virtual else {"time": meta["time"], "commit": meta["commit"]})
+    with ownership.guarded():
+        _take_models(paths, files_of)
+        log, trials = EventLog(paths.events), _TrialsLog(paths, events)
+        decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
 
     def recorded(event: dict[str, Any]) -> None:
         trials.event(event)
@@ -123,11 +134,16 @@ def _attempt(
                 for k, trial in sorted(recorder.progress.trials.items())
             ]
         )
-        recorder.note({"e": "open", **opened})
-        why = _tune(cell, paths, backend, recorder)
+        with ownership.guarded():  # the next attempt reads how many there were: each has a number of its own
+            recorder.note({"e": "open", "run": run} if virtual else _opening(run, meta))
+        if isinstance(backend, PoolBackend):
+            backend.announce_workers()
+        why = _tune(cell, paths, backend, recorder, ownership)
         recorder.note({"e": "close", "why": why})
     except BaseException as error:
-        if not isinstance(error, ReplayError):
+        if isinstance(error, Leaving):
+            backend.interrupt(error.grace)
+        if not isinstance(error, ReplayError | Superseded):
             why = "failed" if isinstance(error, CellFailed) else "interrupted"
             with contextlib.suppress(OSError):
                 recorder.note({"e": "close", "why": why})
@@ -137,12 +153,20 @@ def _attempt(
         trials.close()
         decisions.close()
         backend.close()
-    return _finish(cell, paths, why)
+    with ownership.guarded():
+        return _finish(cell, paths, why, files_of)
 
 
-def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder) -> str:
+def _opening(run: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """The open event. ``time``: when the command began, ``opened``: now (unix seconds); ``slurm``: the job this is."""
+    opened = {"e": "open", "run": run, "time": meta["time"], "opened": time.time(), "commit": meta["commit"]}
+    slurm = allocation()
+    return opened if slurm is None else opened | {"slurm": slurm}
+
+
+def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder, ownership: Ownership) -> str:
     """Run the Tuner until a budget is used up or the scheduler has nothing left; returns which."""
-    with _output_to(paths):
+    with _output_to(paths, ownership):
         tuner = Tuner(
             trial_backend=backend,
             scheduler=recorder,
@@ -185,15 +209,15 @@ def _scheduler(config: dict[str, Any]) -> OHGW:
     return OHGW(scheduler)
 
 
-def trial_settings(cell: Cell, paths: CellPaths | None = None) -> dict[str, Any]:
-    """What the trial function needs besides the configuration (``ctx.settings``)."""
+def trial_settings(cell: Cell, models: Path | None = None) -> dict[str, Any]:
+    """What the trial function needs besides the configuration (``ctx.settings``). ``models``: where to save some."""
     keep = cell.config["save_model"]
     return {
         "task": cell.config["task"],
         "ohgw": cell.config["ohgw"],
         "max_resource_attr": MAX_RESOURCE,
         "save_model": keep,
-        "model_dir": str(paths.models) if paths and keep != "none" else None,
+        "model_dir": str(models) if models and keep != "none" else None,
     }
 
 
@@ -202,7 +226,7 @@ def _backend(
 ) -> PoolBackend | LocalTrialBackend | SimulatedBackend:
     options = cell.config["backend"]
     common: dict[str, Any] = {
-        "settings": trial_settings(cell, paths),
+        "settings": trial_settings(cell, _models_of(paths, run)),
         "seed": cell.seed,
         "path": str(paths.root),
         "run": run,
@@ -292,7 +316,8 @@ def _earlier_events(
         _create(paths, cell, meta)
         return []
     if cell.config["backend"]["name"] == "simulated":  # what was trained is in the store: nothing is lost
-        shutil.rmtree(paths.root)
+        paths.events.unlink()
+        shutil.rmtree(paths.root, ignore_errors=True)  # a ghost's workers may write in there
         _create(paths, cell, meta)
         return []
     commits = [event["commit"] for event in events if event["e"] == "open"]
@@ -307,10 +332,11 @@ def _create(paths: CellPaths, cell: Cell, meta: dict[str, Any]) -> None:
     record.write_json(paths.meta, meta)
 
 
-def _finish(cell: Cell, paths: CellPaths, why: str) -> dict[str, Any]:
+def _finish(cell: Cell, paths: CellPaths, why: str, run: int) -> dict[str, Any]:
     events, _ = record.read_events(paths.events)
     summary = record.summarize(cell.config, events) | {"stop_reason": why}
     summary["decision_seconds"] = record.decision_seconds(paths.decisions)
+    _collect_models(paths, run)
     if cell.config["save_model"] == "best":
         _keep_best_model(paths, summary)
     _collect_logs(paths)
@@ -328,6 +354,24 @@ def _collect_logs(paths: CellPaths) -> None:
                 log.write(f"--- trial {file.parent.name}\n{file.read_text(errors='replace')}")
 
 
+def _models_of(paths: CellPaths, run: int) -> Path:
+    """Where the trials of a run save models until the cell ends: a ghost of another run cannot touch them there."""
+    return paths.models / f"run-{run:04d}"
+
+
+def _take_models(paths: CellPaths, run: int) -> None:
+    """The models of the run before go on as this one's."""
+    if earlier := sorted(paths.models.glob("run-*")):
+        earlier[-1].rename(_models_of(paths, run))
+
+
+def _collect_models(paths: CellPaths, run: int) -> None:
+    for file in _models_of(paths, run).glob("*.pt"):
+        file.replace(paths.models / file.name)
+    for folder in paths.models.glob("run-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
     best = summary["incumbent"] or {"trial": None, "epoch": None}
     for file in Path(paths.models).glob("*.pt"):
@@ -336,16 +380,19 @@ def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _output_to(paths: CellPaths) -> Iterator[None]:
+def _output_to(paths: CellPaths, ownership: Ownership) -> Iterator[None]:
     """What Syne Tune prints and logs goes to the cell's stdout.log and stderr.log."""
     logger = logging.getLogger("syne_tune")
-    handler = logging.FileHandler(paths.stderr)
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        with open(paths.stdout, "a") as out, contextlib.redirect_stdout(out):
-            yield
-    finally:
-        logger.propagate = propagate
-        logger.removeHandler(handler)
-        handler.close()
+    with contextlib.ExitStack() as files:
+        with ownership.guarded():
+            handler = logging.FileHandler(paths.stderr)
+            files.callback(handler.close)
+            out = files.enter_context(open(paths.stdout, "a"))
+        logger.addHandler(handler)
+        propagate, logger.propagate = logger.propagate, False
+        try:
+            with contextlib.redirect_stdout(out):
+                yield
+        finally:
+            logger.propagate = propagate
+            logger.removeHandler(handler)

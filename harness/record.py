@@ -1,29 +1,30 @@
 """What is on disk: the paths of a cell, how its files are written and read, and what one cell's events amount to.
 
     results/<name>/<cell>/config.yaml meta.json events.jsonl trials.jsonl decisions.jsonl summary.json
-                          stdout.log stderr.log
-    results/<name>/.locks/<cell>.lock
+                          stdout.log stderr.log slurm.json
+    results/<name>/.locks/<cell>.lock <cell>.guard          (harness/ownership.py)
 
 ``events.jsonl`` only ever grows, one JSON object a line, so that a killed run loses at most the line being written;
 ``summary.json`` is written last and atomically: its presence means that the cell is finished.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
-import socket
+import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import yaml
+
+from harness.ownership import Superseded
 
 BUSY_KINDS = ("startup", "warm_start", "train", "validate", "test", "checkpoint")
 SYNC_SECONDS = 5.0  # a power cut costs at most this much of the record; a kill costs only the line being written
@@ -32,10 +33,6 @@ _OPEN = b'{"e": "open"'  # how EventLog begins the line of an open event
 
 class RecordError(ValueError):
     """A cell's files cannot be used; the message names the file and what is wrong with it."""
-
-
-class CellBusy(RuntimeError):
-    """Another command is running the cell; the message names its process and host as far as known."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,11 @@ class CellPaths:
         return self.root / "summary.json"
 
     @property
+    def slurm(self) -> Path:
+        """Slurm's account of the cell, where it ran in Slurm jobs that have ended (harness/accounting.py)."""
+        return self.root / "slurm.json"
+
+    @property
     def stdout(self) -> Path:
         return self.root / "stdout.log"
 
@@ -113,7 +115,8 @@ class EventLog:
 
     A torn last line left by a killed run is never touched: a newline goes before the next line, so that the two cannot
     merge. Raises OSError (with the file's name) when the disk is full or the file cannot be written; what a failed
-    append had already written of its own line is taken back.
+    append had already written of its own line is taken back. Raises Superseded, at a sync, if the file was replaced
+    (``detach``).
     """
 
     def __init__(self, path: str | Path, *, sync_seconds: float = SYNC_SECONDS):
@@ -132,6 +135,8 @@ class EventLog:
         if time.monotonic() - self._synced >= self._sync_seconds:
             os.fsync(self._fd)
             self._synced = time.monotonic()
+            if self._replaced():
+                raise Superseded
 
     def close(self) -> None:
         if self._fd < 0:
@@ -147,6 +152,14 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _replaced(self) -> bool:
+        """Whether another file is at the path by now; opened anew, as network file systems show stat an old one."""
+        try:
+            with open(self.path, "rb") as file:
+                return not os.path.sameopenfile(file.fileno(), self._fd)
+        except FileNotFoundError:
+            return False
 
     def _write(self, data: bytes) -> None:
         size = os.fstat(self._fd).st_size
@@ -230,22 +243,29 @@ def trial_rows(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def write_atomic(path: str | Path, text: str) -> None:
     """Replace the file's content all or nothing: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with _replacing(path) as file:
+        file.write(text.encode("utf-8"))
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, which takes the place of ``path`` if the block does not fail."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_config(paths: CellPaths, config: Mapping[str, Any]) -> None:
@@ -284,26 +304,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(plain(value), indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def cell_lock(path: str | Path) -> Iterator[None]:
-    """Hold ``path`` (``CellPaths.lock``) exclusively; CellBusy at once if another process holds it.
-
-    The kernel frees the lock when the process ends, however it ends. The file stays: removing it would let a third
-    command lock a new file while a second one still waits on the old.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CellBusy(f"another command is running {path.stem} ({_holder(fd)})") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+def detach(paths: CellPaths) -> None:
+    """Replace the files that only grow by copies: what a process that still has them open appends is in no record."""
+    for path in (paths.events, paths.trials, paths.decisions, paths.stdout, paths.stderr):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as old, _replacing(path) as new:
+            shutil.copyfileobj(old, new)
 
 
 def set_aside(paths: CellPaths) -> Path:
@@ -541,14 +546,6 @@ def _fault(event: Mapping[str, Any], seen: set[tuple[Any, Any]]) -> str | None:
         return f"epoch {key[1]} of trial {key[0]} is reported a second time"
     seen.add(key)
     return None
-
-
-def _holder(fd: int) -> str:
-    try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "its process is not known"
 
 
 def _item(value: Any) -> Any:

@@ -27,9 +27,10 @@ from backends.slurm_commands import Resources
 from backends.workers import Workers
 from harness.curves import shown_counts
 from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, Shared, run_cell, trial_settings
+from harness.ownership import CellBusy, Superseded, cell_lock, given_up_by_slurm
 from harness.progress import Display
 from harness.provenance import provenance
-from harness.record import CellBusy, CellPaths, cell_lock
+from harness.record import CellPaths, detach
 from harness.recorder import Recorder
 from harness.sweep import Cell, Plan
 from harness.tracking import Guarded
@@ -51,7 +52,7 @@ class Outcome:
     """Folders of the cells by what became of them."""
 
     finished: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # with the reason
     busy: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -70,12 +71,8 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
     when their cell ends (it is in the cell's stdout.log and stderr.log anyway).
     """
     console = _Console(file=sys.stderr if json_output else sys.stdout)  # now: a cell redirects sys.stdout
-    root = Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
-    _check_writable(root)
-    devices = gpus.visible_gpus()
-    if devices:
-        _check_gpus(devices)
-    meta = provenance(sys.argv, [gpu.name for gpu in devices])
+    _check_writable(_study(plan))
+    meta = _provenance(sys.argv)
     todo = [cell for cell in plan.cells if not _paths(cell).finished]
     for note in plan.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -83,12 +80,38 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
         console.print(f"{len(plan.cells) - len(todo)} of {len(plan.cells)} cells are finished already")
     outcome = _run(todo, len(plan.cells), console, meta, verbose)
     _say_outcome(outcome, console)
+    print_results(plan, console, json_output)
+    return outcome.exit_code
+
+
+def run_alone(cell: Cell, command: list[str]) -> Outcome:
+    """Run one cell unless it is finished, and print how it goes, but no summary. ``command``: what is recorded as the
+    command line. The caller handles signals; one that raises KeyboardInterrupt makes the outcome ``interrupted``."""
+    console = _Console()
+    meta = _provenance(command)
+    todo = [] if _paths(cell).finished else [cell]
+    outcome = _run(todo, 1, console, meta, verbose=False, signals=contextlib.nullcontext())
+    _say_outcome(outcome, console)
+    return outcome
+
+
+def _provenance(command: list[str]) -> dict[str, Any]:
+    """Errors: UserError for a GPU that the installed torch cannot use."""
+    devices = gpus.visible_gpus()
+    if devices:
+        _check_gpus(devices)
+    return provenance(command, [gpu.name for gpu in devices])
+
+
+def print_results(plan: Plan, console: Console, json_output: bool) -> None:
+    """The paired summary of the plan's study on ``console``, or as JSON on stdout; nothing if there is no record."""
     from harness import report  # two seconds of imports, better spent at the end
 
+    root = _study(plan)
     try:
         results = report.load_results(root)
     except report.ResultsError:  # it ended before there was a record
-        return outcome.exit_code
+        return
     taus = {cell.config["labels"]["setting"]: cell.config["task"].get("tau") for cell in plan.cells}
     if json_output:
         print(json.dumps(report.summary_json(results, taus), indent=1))
@@ -102,7 +125,6 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
         *(f"cell {cell} is corrupt and left out: {why}" for cell, why in results.corrupt.items()),
     ]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    return outcome.exit_code
 
 
 def _shown_path(path: Path) -> str:
@@ -112,12 +134,19 @@ def _shown_path(path: Path) -> str:
     return str(path)
 
 
-def _run(todo: list[Cell], total: int, console: Console, meta: dict[str, Any], verbose: bool) -> Outcome:
+def _run(
+    todo: list[Cell],
+    total: int,
+    console: Console,
+    meta: dict[str, Any],
+    verbose: bool,
+    signals: contextlib.AbstractContextManager[None] | None = None,
+) -> Outcome:
     outcome = Outcome()
     machinery = _Machinery(meta)
     with (
         Display(console, total, total - len(todo)) as display,
-        _terminate_is_interrupt(),
+        signals or _terminate_is_interrupt(),
         contextlib.closing(machinery),
         contextlib.closing(_tracker(todo, display, meta)) as tracker,
     ):
@@ -150,7 +179,8 @@ def _run_one(
         tracker.event(event, recorder.progress)
 
     try:
-        with _disk_errors_are_the_users(paths), cell_lock(paths.lock):
+        lock = cell_lock(paths.lock, given_up_by_slurm, lambda: detach(paths))
+        with _disk_errors_are_the_users(paths), lock as ownership:
             if paths.finished:  # another command finished it since the plan was made
                 outcome.finished.append(cell.folder)
                 return display.finish_cell(cell, "finished by another command")
@@ -158,9 +188,10 @@ def _run_one(
             display.start_cell(cell, resumed=paths.events.exists())
             tracker.start(cell, paths.root)
             try:
-                summary = run_cell(cell, paths, shared, meta, on_event, display.message)
+                summary = run_cell(cell, paths, shared, meta, on_event, display.message, ownership)
             except BaseException as error:
-                tracker.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None)
+                left = isinstance(error, KeyboardInterrupt | Superseded | CellBusy)
+                tracker.finish("interrupted" if left else "failed", None)
                 raise
             tracker.finish("finished", summary)
         outcome.finished.append(cell.folder)
@@ -170,13 +201,16 @@ def _run_one(
     except CellBusy as busy:
         outcome.busy.append(cell.folder)
         display.message(f"{cell.folder}: left alone, {busy}")
+    except Superseded as newer:
+        outcome.busy.append(cell.folder)
+        display.message(f"{cell.folder}: {newer}")
     except CellFailed as failure:
-        outcome.failed.append(cell.folder)
+        outcome.failed[cell.folder] = str(failure)
         display.message(f"{cell.folder}: failed. {failure}")
     except UserError:
         raise
-    except Exception:
-        outcome.failed.append(cell.folder)
+    except Exception as error:
+        outcome.failed[cell.folder] = f"{type(error).__name__}: {error}"
         display.message(f"{cell.folder}: failed.\n{traceback.format_exc()}")
 
 
@@ -269,6 +303,10 @@ def _task_and_variant(settings: dict[str, Any]) -> str:
     return json.dumps([settings["task"], settings["ohgw"]])
 
 
+def _study(plan: Plan) -> Path:
+    return Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
+
+
 def _paths(cell: Cell) -> CellPaths:
     return CellPaths(Path(cell.config["results_dir"]).absolute(), cell.config["name"], cell.folder)
 
@@ -279,7 +317,7 @@ def _check_writable(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / ".writable"
         probe.write_text("x" * 4096)
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another command may be looking as well
     except OSError as error:
         raise UserError(
             f"cannot write results to {root}: {error.strerror}; choose another results_dir or name"

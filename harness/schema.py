@@ -17,10 +17,18 @@ from harness.ohgw.settings import Settings
 
 
 def option(
-    help: str, *, min: float | None = None, max: float | None = None, above: float | None = None, choices: str = ""
+    help: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    choices: str = "",
+    ordered: bool = False,
 ) -> Any:
-    """A key: its help line, inclusive bounds ``min`` and ``max``, exclusive ``above``, space-separated ``choices``."""
-    return field(metadata={"help": help, "min": min, "max": max, "above": above, "choices": tuple(choices.split())})
+    """A key: its help line, inclusive bounds ``min`` and ``max``, exclusive ``above``, space-separated ``choices``;
+    ``ordered``: the order of its list counts."""
+    bounds = {"min": min, "max": max, "above": above}
+    return field(metadata={"help": help, **bounds, "choices": tuple(choices.split()), "ordered": ordered})
 
 
 @dataclass
@@ -88,12 +96,32 @@ class Backend:
     gres: str | None = option("slurm: GPUs of one worker, as in gpu:1")
     cpus: int | None = option("slurm: CPUs of one worker", min=1)
     mem: str | None = option("slurm: memory of one worker, as in 16G")
-    extra: list[str] = option("slurm: further options of sbatch")  # noqa: RUF009
-    setup: list[str] = option("slurm: lines of shell before a worker starts")  # noqa: RUF009
+    extra: list[str] = option("slurm: further options of sbatch", ordered=True)  # noqa: RUF009
+    setup: list[str] = option("slurm: lines of shell before a worker starts", ordered=True)  # noqa: RUF009
     host: str | None = option("slurm: address at which nodes reach the driver; null: its host name")
     port: int = option("slurm: port of the driver; 0: any that is free", min=0, max=65535)
     signal: str = option("slurm: signal before a worker's time limit", choices="USR1 USR2 TERM")
     signal_seconds: int = option("slurm: how long before the time limit", min=1, max=65535)
+
+
+@dataclass
+class Launch:
+    partition: str | None = option("slurm: partition of the cells; null: the site's default")
+    account: str | None = option("slurm: account of the cells")
+    qos: str | None = option("slurm: quality of service of the cells")
+    time: str | None = option("slurm: time limit of a cell, as in 12:00:00; one that needs more goes on in a new run")
+    gres: str | None = option("slurm: GPUs of a cell, as in gpu:v100:4; their number is the default of n_workers")
+    cpus: int | None = option("slurm: CPUs of a cell", min=1)
+    mem: str | None = option("slurm: memory of a cell, as in 64G; 0: all of the node's")
+    exclusive: bool = option("slurm: whether a cell has its node for itself")
+    array_limit: int | None = option("slurm: how many cells run at a time", min=1)
+    signal: str = option("slurm: signal before the time limit", choices="USR1 USR2")
+    signal_seconds: int = option("slurm: how long before the time limit", min=1, max=65535)
+    requeue: bool = option("slurm: whether a cell goes back into the queue when its job has to end")
+    extra: list[str] = option("slurm: further options of sbatch", ordered=True)  # noqa: RUF009
+    setup: list[str] = option("slurm: lines of shell before a cell starts", ordered=True)  # noqa: RUF009
+    report: bool = option("slurm: whether a job makes the report when the cells have ended")
+    watch: bool = option("slurm: whether the command waits for the cells and prints the summary")
 
 
 @dataclass
@@ -109,12 +137,14 @@ GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group with
     "ohgw": Settings,
     "task": Task,
     "backend": Backend,
-    "launch": None,
+    "launch": Launch,
     "tracker": Tracker,
     "experiment": None,
 }
-LITERAL = frozenset(
-    {"name", "results_dir", "task.data_dir", "backend.store"}
+LITERAL = frozenset({"name", "results_dir", "task.data_dir", "backend.store"}) | frozenset(
+    f"{group}.{key}"
+    for group in ("backend", "launch")
+    for key in ("partition", "account", "qos", "time", "gres", "mem")
 )  # never parsed: commas, quotes, = are part of the value
 # Not part of a cell's identity (the hash), so two values of one of these would be the same cell.
 OUTSIDE_IDENTITY = (
@@ -141,6 +171,7 @@ class Key:
     max: float | None = None
     above: float | None = None
     choices: tuple[str, ...] = ()
+    ordered: bool = False
 
     @classmethod
     def of_field(cls, name: str, source: dataclasses.Field) -> "Key":
@@ -198,7 +229,7 @@ class Key:
         if self.kind is list and self.item is not object:
             entry = Key(self.name, self.item)
             value = [entry.check(element) for element in value]
-            return sorted(set(value))  # the lists of this project are sets: [lr,wd] is [wd,lr]
+            return value if self.ordered else sorted(set(value))  # most lists are sets: [lr,wd] is [wd,lr]
         return value
 
     def _in_range(self, value: Any) -> bool:
@@ -215,6 +246,10 @@ class Key:
             advice = "; a range is written first..last or first..last..step, as in 0..49"
         elif self.choices and isinstance(value, str):
             advice = near(value, self.choices, listed=False)
+        elif self.kind is list and isinstance(value, str) and value.startswith("["):
+            advice = "; quote elements that have more than letters and digits, as in ['a=b','c']"
+        elif self.kind is str and isinstance(value, (int, float)):
+            advice = "; in a YAML file, write it in quotes"
         return UserError(f"{self.name} must be {self.allowed}, not {shown(value)}{advice}")
 
 

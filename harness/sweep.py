@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.context import UserError
+from backends.slurm_commands import gpu_count
 from harness.compose import CONF, Composed, Conf, resolved
 from harness.overrides import MAX_CELLS, Override, parse_override
 from harness.schema import (
@@ -316,11 +317,17 @@ class _Sweep:
         for key, value in literals.items():
             section, _, name = key.rpartition(".")
             (config[section] if section else config)[name] = value
-        config["n_workers"] = config["n_workers"] or self._default_n_workers
+        config["n_workers"] = config["n_workers"] or self._default_n_workers(config["launch"])
         return _finish(config, composed.choices, self._base(composed))
 
+    def _default_n_workers(self, launch: Mapping[str, Any]) -> int:
+        """One a GPU of where the cell will run, else 2."""
+        if launch.get("name") == "slurm":
+            return gpu_count(launch["gres"]) or 2
+        return self._default_n_workers_here
+
     @functools.cached_property
-    def _default_n_workers(self) -> int:
+    def _default_n_workers_here(self) -> int:
         from backends.gpus import default_n_workers
 
         return default_n_workers()
@@ -381,6 +388,8 @@ def _cross_check(config: Mapping[str, Any]) -> None:
         raise UserError(
             "save_model must be none with backend=simulated: a trial found in the store is not trained again"
         )
+    if config["launch"].get("name") == "slurm":
+        _check_shared_files(config)
     if all(limit is None for limit in config["budget"].values()):
         names = ", ".join(f"budget.{name}" for name in config["budget"])
         raise UserError(f"a cell would never end: set at least one of {names}, as in budget.wallclock=3600")
@@ -401,6 +410,21 @@ def _cross_check(config: Mapping[str, Any]) -> None:
     momentum = space.continuous.get("momentum")
     if config["ohgw"].get("momentum_space") == "log1m" and momentum and momentum.upper >= 1:
         raise UserError(f"ohgw.momentum_space=log1m needs an upper bound of momentum below 1, not {momentum.upper:g}")
+
+
+def _check_shared_files(config: Mapping[str, Any]) -> None:
+    """SQLite files by default lie in results_dir, and several nodes that write one file of a shared disk damage it."""
+    if config["backend"]["name"] == "simulated" and config["backend"]["store"] is None:
+        raise UserError(
+            "backend=simulated with launch=slurm needs a curve store that only one node writes to, not the default in "
+            "results_dir: name a file on the nodes' own disks, as in backend.store=/tmp/curves.sqlite, or leave "
+            "launch=slurm out"
+        )
+    if "uri" in config["tracker"] and config["tracker"]["uri"] is None:
+        raise UserError(
+            "tracker=mlflow with launch=slurm needs a server, because several nodes cannot write the default file in "
+            "results_dir: give tracker.uri=http://..., or choose another tracker"
+        )
 
 
 def _space(task: Mapping[str, Any]) -> Space:
@@ -461,3 +485,9 @@ def as_json(plan: Plan, states: Sequence[str]) -> dict[str, Any]:
         for cell, state in zip(plan.cells, states, strict=True)
     ]
     return {"cells": rows, "notes": plan.notes}
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines, their columns aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]

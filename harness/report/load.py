@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.accounting import account_in_record, use_of_slurm
 from harness.ohgw.coordinates import Coordinate
 from harness.record import (
     CellPaths,
@@ -55,6 +56,8 @@ class Results:
     configs: the resolved configuration of each usable cell.
     meta: the content of meta.json of each usable cell that has one: command, commit, versions, hardware.
     commands: the arguments of ``python -m harness`` that began it, where they are recorded.
+    slurm: of each usable cell whose events name Slurm jobs the content of slurm.json (``harness.accounting``), or else
+        ``{"missing": why}`` and our side of it.
     corrupt: cells that are left out, each with the reason; warnings: what was skipped, set aside or is ambiguous.
     """
 
@@ -66,6 +69,7 @@ class Results:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     meta: dict[str, dict[str, Any]] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
+    slurm: dict[str, dict[str, Any]] = field(default_factory=dict)
     corrupt: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -86,6 +90,7 @@ class _Cell:
     coordinates: Columns = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -108,6 +113,8 @@ def load_results(path: str | Path) -> Results:
         results.configs[cell.folder] = cell.config
         if cell.meta:
             results.meta[cell.folder] = cell.meta
+        if cell.slurm:
+            results.slurm[cell.folder] = cell.slurm
         if (arguments := _arguments(cell.meta)) is not None:
             results.commands[cell.folder] = arguments
     if usable:
@@ -118,7 +125,7 @@ def load_results(path: str | Path) -> Results:
         results.trials = _frame(names, [cell.trials for cell in usable])
         results.coordinates = _frame(names, [cell.coordinates for cell in usable])
         for copy in copies:
-            for kept in (results.configs, results.meta, results.commands):
+            for kept in (results.configs, results.meta, results.commands, results.slurm):
                 kept.pop(copy, None)
     return results
 
@@ -185,6 +192,8 @@ def _read_into(cell: _Cell, paths: CellPaths) -> None:
         _check_summary(paths, summary, computed)
     cell.config, cell.meta = config, _meta(paths)
     cell.warnings = [str(problem) for problem in problems]
+    if (use := use_of_slurm(paths, events)) is not None:
+        cell.slurm = account_in_record(use)
     cell.row = {
         "cell": paths.folder,
         **{key: str(labels[key]) for key in ("task", "scheduler", "variant", "setting")},

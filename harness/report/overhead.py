@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness.record import BUSY_KINDS, CellPaths, RecordError, read_summary
+from harness.report import slurm
 from harness.report.compare import OFF, pair, ranges
 from harness.report.document import Figure, Section, Table, file_name
 from harness.report.load import Results
@@ -60,6 +61,7 @@ def section(study: Study) -> Section:
         out.tables.append(_control_table(controls))
         if drawn := [control for control in controls if control.pairs]:
             out.figures.append(_control_figure(drawn))
+    slurm.add_to(out, study)
     return out
 
 

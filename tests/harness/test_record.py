@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from harness import record
+from harness.ownership import CellBusy, cell_lock
 from harness.record import (
-    CellBusy,
     CellPaths,
     EventLog,
     RecordError,
-    cell_lock,
     plain,
     read_config,
     read_events,
@@ -247,7 +246,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch
 
 HOLD = """
 import sys
-from harness.record import cell_lock
+from harness.ownership import cell_lock
 with cell_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
