@@ -31,6 +31,7 @@ class AttemptSpec:
     attempt: str
     folder: str  # checkpoints and logs of the trial
     received: int  # reports the driver already has; later ones are sent again from the checkpoint
+    oldest: str = ""  # name of the first attempt whose checkpoints are of this trial
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +56,7 @@ class Attempt:
         self.should_stop = stop.is_set
         self.interrupted = (interrupt or threading.Event()).is_set
         self._emit = emit
-        self._store = CheckpointStore(Path(spec.folder), spec.attempt)
+        self._store = CheckpointStore(Path(spec.folder), spec.attempt, spec.oldest)
         self._received = spec.received
         self._next = 0
         self._unconfirmed: list[dict[str, Any]] = []

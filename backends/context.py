@@ -75,6 +75,7 @@ class RestoredTrial:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]  # reports the scheduler has got, in order
     status: str  # paused | stopped | failed | completed
+    run: int = 0  # of the driver in which it began
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,15 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one trial as one attempt may use them: ``folder/<attempt>.pt``.
 
-    An attempt writes only the file of its own name and reads those up to its own name, so an old attempt that is still
-    alive (a *ghost*) can neither overwrite nor delete what a newer one has written. A file is one line of JSON (report
-    numbers, size and checksum of the rest) and a ``torch.save`` of the state.
+    An attempt writes only the file of its own name and reads those from ``oldest`` up to its own, so an old attempt
+    that is still alive (a *ghost*) can neither overwrite nor delete what a newer one has written, nor, where it is of
+    another trial that had this one's number, hand it a checkpoint. A file is one line of JSON (report numbers, size
+    and checksum of the rest) and a ``torch.save`` of the state.
     """
 
     folder: Path
     attempt: str
+    oldest: str = ""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write atomically (temporary file, fsync, rename), then delete the files of older attempts.
@@ -123,12 +126,17 @@ class CheckpointStore:
         return None
 
     def _files(self) -> list[Path]:
-        return [path for path in checkpoint_files(self.folder) if path.stem <= self.attempt]
+        return [path for path in checkpoint_files(self.folder, self.oldest) if path.stem <= self.attempt]
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoints in ``folder``, oldest attempt first."""
-    return sorted(folder.glob("[0-9]*.pt"))
+def checkpoint_files(folder: Path, oldest: str = "") -> list[Path]:
+    """Checkpoints in ``folder``, oldest attempt first, from the attempt ``oldest`` on."""
+    return attempt_files(folder, "pt", oldest)
+
+
+def attempt_files(folder: Path, ending: str, oldest: str = "") -> list[Path]:
+    """Files of that kind of the attempts from ``oldest`` on, in order: pt (checkpoints), out and err (logs)."""
+    return sorted(file for file in folder.glob(f"[0-9]*.{ending}") if file.stem >= oldest)
 
 
 def reports_before(content: bytes) -> int:
@@ -136,15 +144,15 @@ def reports_before(content: bytes) -> int:
     return int(json.loads(content.partition(b"\n")[0])["reports"])
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
+def copy_checkpoint(source: Path, target: Path, name: str) -> None:
     """Copy the newest checkpoint of the trial folder ``source`` as the start of the trial ``target``, which counts its
-    reports from 0. Errors: FileNotFoundError if ``source`` has none."""
+    reports from 0; ``name``: an attempt's before its first. Errors: FileNotFoundError if ``source`` has none."""
     files = checkpoint_files(source)
     if not files:
         raise FileNotFoundError(f"no checkpoint in {source}")
     _, payload = _split(files[-1])
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / "0000-0000.pt", 0, [], memoryview(payload))
+    _write(target / f"{name}.pt", 0, [], memoryview(payload))
 
 
 def attempt_name(run: int, n: int) -> str:

@@ -19,7 +19,15 @@ if _omp is None:  # importing anything of syne_tune.backend sets it to 1, for th
     os.environ.pop("OMP_NUM_THREADS", None)
 
 from backends.attempt import NUMBER, TIMESTAMP, AttemptSpec  # noqa: E402
-from backends.context import RestoredTrial, UserError, attempt_name, checkpoint_files, copy_checkpoint, trial_seed  # noqa: E402
+from backends.context import (  # noqa: E402
+    RestoredTrial,
+    UserError,
+    attempt_files,
+    attempt_name,
+    checkpoint_files,
+    copy_checkpoint,
+    trial_seed,
+)
 
 __all__ = ["FunctionBackend", "LocalBackend", "Status"]  # LocalBackend from here, without its side effect
 
@@ -33,7 +41,7 @@ class FunctionBackend(TrialBackend):
 
     Every report of a trial is delivered once and in order of its number, whatever attempts repeat. A trial whose
     process died goes on from its checkpoint up to ``max_retries`` times. ``path`` (default: where the Tuner says) holds
-    ``trials/<trial_id>/`` with checkpoints, std.out and std.err.
+    ``trials/<trial_id>/`` with files that begin with the name of an attempt: checkpoints (.pt) and logs (.out, .err).
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class FunctionBackend(TrialBackend):
         self.path: Path | None = Path(path) if path is not None else None
         self._path_is_given = path is not None
         self._attempts: dict[int, int] = defaultdict(int)
+        self._begun: dict[int, int] = {}  # the run in which a trial began: files of earlier ones are not its own
         self._retries: dict[int, int] = defaultdict(int)
         self._reasons: dict[int, str] = {}
         self._details: dict[int, dict[str, Any]] = {}
@@ -89,6 +98,7 @@ class FunctionBackend(TrialBackend):
             attempt=attempt_name(self.run, self._attempts[trial_id]),
             folder=str(self.trial_path(trial_id).absolute()),
             received=self._received(trial_id),
+            oldest=self._oldest(trial_id),
         )
 
     def _on_report(self, trial_id: int, report: dict[str, Any]) -> None:
@@ -128,11 +138,17 @@ class FunctionBackend(TrialBackend):
         trial = self._trial_dict.get(trial_id)
         return trial.metrics[-1][NUMBER] + 1 if trial is not None and trial.metrics else 0
 
+    def _oldest(self, trial_id: int) -> str:
+        """Name of the first attempt whose files are the trial's."""
+        return attempt_name(self._begun.get(trial_id, 0), 0)
+
     # ---- Syne Tune's interface
 
     def start_trial(self, config: dict[str, Any], checkpoint_trial_id: int | None = None) -> TrialResult:
         """As in Syne Tune; files that earlier runs left under the new trial's number are deleted first."""
-        self._delete_files(self.new_trial_id())
+        trial_id = self.new_trial_id()
+        self._delete_files(trial_id)
+        self._begun[trial_id] = self.run
         return super().start_trial(config, checkpoint_trial_id)
 
     def fetch_status_results(self, trial_ids: list[int]) -> tuple[dict[int, tuple[Trial, str]], list[tuple[int, dict]]]:
@@ -194,7 +210,7 @@ class FunctionBackend(TrialBackend):
 
     def copy_checkpoint(self, src_trial_id: int, tgt_trial_id: int) -> None:
         """The target starts from the source's newest checkpoint; its reports count from 0."""
-        copy_checkpoint(self.trial_path(src_trial_id), self.trial_path(tgt_trial_id))
+        copy_checkpoint(self.trial_path(src_trial_id), self.trial_path(tgt_trial_id), attempt_name(self.run, 0))
 
     def delete_checkpoint(self, trial_id: int) -> None:
         for file in checkpoint_files(self.trial_path(trial_id)):
@@ -207,14 +223,18 @@ class FunctionBackend(TrialBackend):
         files = [file for file in folder.glob("*") if _OF_ATTEMPT.match(file.name)]
         if any(file.name >= later for file in files):
             return
-        for file in (*files, folder / "std.out", folder / "std.err"):
+        for file in files:
             file.unlink(missing_ok=True)
 
     def stdout(self, trial_id: int) -> list[str]:
-        return _lines(self.trial_path(trial_id) / "std.out")
+        return self._printed(trial_id, "out")
 
     def stderr(self, trial_id: int) -> list[str]:
-        return _lines(self.trial_path(trial_id) / "std.err")
+        return self._printed(trial_id, "err")
+
+    def _printed(self, trial_id: int, ending: str) -> list[str]:
+        files = attempt_files(self.trial_path(trial_id), ending, self._oldest(trial_id))
+        return [line for file in files for line in file.read_text(errors="replace").splitlines(keepends=True)]
 
     def trial_path(self, trial_id: int) -> Path:
         """The folder of one trial."""
@@ -268,6 +288,7 @@ class FunctionBackend(TrialBackend):
             metrics = [{NUMBER: number, **report} for number, report in enumerate(trial.metrics)]
             status = getattr(Status, trial.status.lower())
             self.trial_ids.append(trial.trial_id)
+            self._begun[trial.trial_id] = trial.run
             self._trial_dict[trial.trial_id] = TrialResult(
                 trial.trial_id, trial.config, datetime.now(), metrics=metrics, status=status
             )
@@ -286,10 +307,6 @@ def _by_time(results: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[
         latest[trial_id] = max(latest.get(trial_id, report[TIMESTAMP]), report[TIMESTAMP])
         keys.append(latest[trial_id])
     return [results[i] for i in sorted(range(len(results)), key=keys.__getitem__)]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -29,7 +29,7 @@ class _Running:
     attempt: str
     outcome: Path
     output: Path
-    offset: int
+    offset: int = 0
     kill_at: float | None = None
 
 
@@ -95,14 +95,15 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         spec = self._next_attempt(trial_id, config)
         folder = self.trial_path(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(config))
-        outcome = folder / f"{spec.attempt}.reason"
-        order = {"spec": spec.to_dict(), "outcome": str(outcome.absolute())}
-        arguments = ["--st_config_json_filename", str(folder / "config.json"), "--st_checkpoint_dir", str(folder)]
-        with open(folder / "std.out", "ab") as stdout, open(folder / "std.err", "ab") as stderr:
-            offset = os.fstat(stdout.fileno()).st_size
-            process = self._start(folder / "attempt.json", order, arguments, stdout, stderr, trial_id)
-        self._processes[trial_id] = _Running(process, spec.attempt, outcome, folder / "std.out", offset)
+        configuration, outcome, order, output, errors = (
+            folder / f"{spec.attempt}.{ending}" for ending in ("config", "reason", "order", "out", "err")
+        )
+        configuration.write_text(to_json(config))
+        content = {"spec": spec.to_dict(), "outcome": str(outcome.absolute())}
+        arguments = ["--st_config_json_filename", str(configuration), "--st_checkpoint_dir", str(folder)]
+        with open(output, "wb") as stdout, open(errors, "wb") as stderr:
+            process = self._start(order, content, arguments, stdout, stderr, trial_id)
+        self._processes[trial_id] = _Running(process, spec.attempt, outcome, output)
 
     def _start(
         self,

@@ -22,13 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backends.attempt import NUMBER, SECONDS, TIMESTAMP
-from backends.context import checkpoint_files, reports_before, trial_seed
+from backends.context import attempt_name, checkpoint_files, reports_before, trial_seed
 from backends.curve_store import Curve, CurveStore, Row
 from backends.function_backend import WAIT, FunctionBackend, Status
 from backends.workers import Job, Workers
 
 KEEP_SECONDS = 10.0  # of training are lost, besides the running epoch, when this process is killed
-CHECKPOINT = "0000-0000.pt"  # the store's checkpoint in the trial's folder: older than any attempt's own
 
 
 class VirtualClock:
@@ -255,14 +254,19 @@ class SimulatedBackend(FunctionBackend):
         """Put the store's checkpoint into the trial's folder, unless this experiment has made one itself; is there one
         now?"""
         folder = self.trial_path(trial_id)
-        if checkpoint_files(folder):
+        if checkpoint_files(folder, self._oldest(trial_id)):
             return True
         content = self.store.checkpoint(curve)
         if content is None:
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CHECKPOINT).write_bytes(content)
+        (folder / self._stored).write_bytes(content)
         return True
+
+    @property
+    def _stored(self) -> str:
+        """The store's checkpoint in a trial's folder: older than any attempt's own."""
+        return f"{attempt_name(self.run, 0)}.pt"
 
     def _on_message(self, job: Job, message: dict[str, Any]) -> None:
         trial_id = job.spec.trial_id
@@ -306,8 +310,8 @@ class SimulatedBackend(FunctionBackend):
     def _keep_checkpoint(self, trial_id: int, curve: Curve) -> None:
         """Put the newest checkpoint of the trial's folder into the store."""
         self._kept[trial_id] = time.monotonic()
-        files = checkpoint_files(self.trial_path(trial_id))
-        if files and files[-1].name != CHECKPOINT:
+        files = checkpoint_files(self.trial_path(trial_id), self._oldest(trial_id))
+        if files and files[-1].name != self._stored:
             content = files[-1].read_bytes()
             self.store.save_checkpoint(curve, reports_before(content), content)
 

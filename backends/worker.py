@@ -197,7 +197,7 @@ class Worker:
 
     def _logged(self, spec: AttemptSpec, context: Attempt) -> Outcome:
         try:
-            with output_to(Path(spec.folder)):
+            with output_to(Path(spec.folder), spec.attempt):
                 outcome = call(lambda: self._attempt(spec, context))
                 if outcome.reason:
                     print(outcome.reason, file=sys.stderr)
@@ -213,10 +213,10 @@ class Worker:
 
 
 @contextlib.contextmanager
-def output_to(folder: Path) -> Iterator[None]:
-    """Append what this process and its children print to ``folder``/std.out and std.err; empty files are removed."""
+def output_to(folder: Path, attempt: str) -> Iterator[None]:
+    """What this process and its children print goes to ``folder``/<attempt>.out and .err; empty files are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {1: folder / "std.out", 2: folder / "std.err"}
+    paths = {1: folder / f"{attempt}.out", 2: folder / f"{attempt}.err"}
     saved = {fd: os.dup(fd) for fd in paths}
     try:
         for fd, path in paths.items():

@@ -18,7 +18,7 @@ from syne_tune import Tuner
 from syne_tune.tuner_callback import TunerCallback
 from syne_tune.tuner_logger import TunerLogger
 
-from backends.context import RestoredTrial
+from backends.context import RestoredTrial, attempt_files, attempt_name
 from backends.curve_store import CurveStore
 from backends.function_backend import threads_per_worker
 from backends.local import LocalTrialBackend
@@ -82,6 +82,23 @@ def run_cell(
     Raises CellFailed, KeyboardInterrupt with everything done so far on disk, or Superseded.
     """
     try:
+        return _run(cell, paths, shared, meta, on_event, warn, ownership)
+    except Exception as error:  # a ghost may stumble over anything: its files are gone
+        if not ownership.owned():
+            raise Superseded from error
+        raise
+
+
+def _run(
+    cell: Cell,
+    paths: CellPaths,
+    shared: Shared,
+    meta: dict[str, Any],
+    on_event: Callable[[Recorder, dict[str, Any]], None],
+    warn: Callable[[str], None],
+    ownership: Ownership,
+) -> dict[str, Any]:
+    try:
         with ownership.guarded():
             events = _earlier_events(paths, cell, meta, warn)
         return _attempt(cell, paths, shared, meta, events, on_event, ownership)
@@ -128,9 +145,10 @@ def _attempt(
     backend.on_event = recorder.note
     try:
         recorder.replay(events)
+        begun = _runs_of_trials(events)
         backend.restore(
             [
-                RestoredTrial(k, trial.config, trial.results, _paused_if_running(trial.status))
+                RestoredTrial(k, trial.config, trial.results, _paused_if_running(trial.status), begun[k])
                 for k, trial in sorted(recorder.progress.trials.items())
             ]
         )
@@ -339,19 +357,31 @@ def _finish(cell: Cell, paths: CellPaths, why: str, run: int) -> dict[str, Any]:
     _collect_models(paths, run)
     if cell.config["save_model"] == "best":
         _keep_best_model(paths, summary)
-    _collect_logs(paths)
+    _collect_logs(paths, _runs_of_trials(events))
     shutil.rmtree(paths.checkpoints, ignore_errors=True)  # pause checkpoints are of no use once the cell has ended
     shutil.rmtree(paths.root / "syne-tune", ignore_errors=True)
     record.write_json(paths.summary, summary)
     return summary
 
 
-def _collect_logs(paths: CellPaths) -> None:
+def _runs_of_trials(events: list[dict[str, Any]]) -> dict[int, int]:
+    """The run in which each trial began."""
+    run, begun = 0, {}
+    for event in events:
+        run += event["e"] == "open"
+        if event["e"] == "start":
+            begun[event["trial"]] = run
+    return begun
+
+
+def _collect_logs(paths: CellPaths, begun: dict[int, int]) -> None:
     """What trials printed goes from their folders to the cell's stdout.log and stderr.log."""
-    for target, name in ((paths.stdout, "std.out"), (paths.stderr, "std.err")):
+    for target, ending in ((paths.stdout, "out"), (paths.stderr, "err")):
         with open(target, "a") as log:
-            for file in sorted(paths.checkpoints.glob(f"*/{name}"), key=lambda file: int(file.parent.name)):
-                log.write(f"--- trial {file.parent.name}\n{file.read_text(errors='replace')}")
+            for trial, run in sorted(begun.items()):
+                files = attempt_files(paths.checkpoints / str(trial), ending, attempt_name(run, 0))
+                if files:
+                    log.write(f"--- trial {trial}\n" + "".join(file.read_text(errors="replace") for file in files))
 
 
 def _models_of(paths: CellPaths, run: int) -> Path:

@@ -264,7 +264,8 @@ def print_cancel(plan: Plan) -> None:
     tasks, reports = Board(plan).active_jobs()
     slurm_commands.cancel([*reports, *tasks])
     also = f" and {len(reports)} job that would make the report" if reports else ""
-    print(f"cancelled {len(tasks)} tasks{also}; what is recorded stays, the same command without --cancel goes on")
+    ended = f"{len(tasks)} task{'s' * (len(tasks) != 1)}{also}"
+    print(f"cancelled {ended}; what is recorded stays, the same command without --cancel goes on")
 
 
 def watch(board: Board, say: Callable[[str], None]) -> list[State]:

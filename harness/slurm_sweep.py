@@ -98,7 +98,7 @@ def submit(plan: Plan, say: Say) -> Submission | None:
 
 
 def _submit(plan: Plan, say: Say) -> Submission | None:
-    launch = _completed(plan.cells[0].config["launch"])
+    launch = _completed(_launch(plan))
     resources(launch).options()  # to find mistakes before anything is written
     board = Board(plan)
     states = board.look(locks=True)
@@ -115,9 +115,11 @@ def _submit(plan: Plan, say: Say) -> Submission | None:
     try:
         progress.submit_all()
     except SlurmError as error:
-        if not progress.jobs:
+        if not progress.jobs and progress.refused:
             shutil.rmtree(submission.folder, ignore_errors=True)
             raise UserError(f"nothing was submitted: {error}") from None
+        if not progress.jobs:
+            raise UserError(f"{error}; what was submitted all the same: {command(plan, '--status')}") from None
         say(
             f"{progress.done} of {len(todo)} cells were submitted, Slurm refused the rest: {error}. The same command "
             "submits them later"
@@ -131,6 +133,14 @@ def _submit(plan: Plan, say: Say) -> Submission | None:
     if launch["report"]:
         _submit_report(submission, launch, progress.jobs, say)
     return submission
+
+
+def _launch(plan: Plan) -> dict[str, Any]:
+    """Errors: UserError if it is not the same for all cells."""
+    launch = plan.cells[0].config["launch"]
+    if any(cell.config["launch"] != launch for cell in plan.cells):
+        raise UserError("the lists of this experiment differ in launch.*; use several commands for them")
+    return launch
 
 
 def _cells(count: int) -> str:
@@ -163,6 +173,7 @@ class _Progress:
     before: Sequence[str]
     jobs: list[str] = field(default_factory=list)
     done: int = 0
+    refused: bool = False  # Slurm was asked after an error, and does not have the job
 
     def submit_all(self) -> None:
         """Errors: SlurmError if Slurm refuses a cell."""
@@ -190,7 +201,19 @@ class _Progress:
         after = (self.jobs[-1:] or self.before) if self.launch["array_limit"] else ()
         options = array_options(self.submission, self.launch, self.done, count, after)
         options += resources(self.launch, driver=_is_driver(self.cells[self.done])).options()
-        return _sbatch(self.submission, options, self.done)
+        try:
+            return _sbatch(self.submission, options, self.done)
+        except SlurmError as error:
+            return self._arrived(error)
+
+    def _arrived(self, error: SlurmError) -> str:
+        """The id of a job that Slurm took although its answer did not come. Errors: SlurmError."""
+        with contextlib.suppress(SlurmError):
+            for job in slurm_commands.jobs().values():
+                if job.comment == self.submission.comment(self.done):
+                    return job.id.partition("_")[0]
+            self.refused = True
+        raise error
 
 
 def _sbatch(submission: Submission, options: Sequence[str], first: int | str) -> str:
@@ -242,7 +265,8 @@ def _submit_report(submission: Submission, launch: Mapping[str, Any], jobs: Sequ
     try:
         options = _job_options(submission, REPORT, "report-%j", jobs) + asked.options()
         job = _sbatch(submission, options, REPORT)
-        submission.note_job(job, REPORT, 0)
+        with contextlib.suppress(OSError):
+            submission.note_job(job, REPORT, 0)
         say(f"job {job} makes the report when they have ended: {submission.results / 'report' / 'index.html'}")
     except SlurmError as error:
         by_hand = shlex.join(["python", "-m", "harness.report", str(submission.results)])

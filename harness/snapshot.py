@@ -18,9 +18,12 @@ ITSELF = "ohgw-harness"
 def copy_code(target: Path) -> None:
     """Copy the project's packages, YAML files and batch script to the new folder ``target``, with the commit and diff
     that ``provenance`` reports there. Raises OSError."""
-    target.mkdir(parents=True)
     for part in PARTS:
-        shutil.copytree(ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        for file in sorted((ROOT / part).rglob("*")):
+            copy = target / file.relative_to(ROOT)
+            if file.is_file() and not file.name.startswith(".") and file.parent.name != "__pycache__":
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     commit, diff = commit_and_diff()
     (target / COMMIT_FILE).write_text(json.dumps({"commit": commit, "diff": diff}))
 

@@ -52,6 +52,13 @@ def test_ghost_cannot_touch_the_newer_attempt(tmp_path):
     assert load(tmp_path, "0001-0001").state == {"by": "ghost"}, "it reads nothing newer than itself either"
 
 
+def test_a_ghosts_trial_of_the_same_number_hands_on_no_checkpoint(tmp_path):
+    ghost = store(tmp_path, "0001-0001")
+    ghost.save(Checkpoint({"by": "ghost"}, 1))
+    assert CheckpointStore(tmp_path, "0002-0001", oldest="0002-0000").load() is None
+    assert CheckpointStore(tmp_path, "0002-0001", oldest="0001-0000").load() == Checkpoint({"by": "ghost"}, 1)
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-7], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"x" + b]
 )
@@ -74,10 +81,10 @@ def test_failed_save_leaves_the_last_checkpoint(tmp_path):
 
 def test_copy_counts_reports_from_zero(tmp_path):
     store(tmp_path / "a", "0001-0001").save(Checkpoint({"n": 1}, 5, [{"st_worker_iter": 4}]))
-    copy_checkpoint(tmp_path / "a", tmp_path / "b")
+    copy_checkpoint(tmp_path / "a", tmp_path / "b", "0001-0000")
     assert load(tmp_path / "b", "0001-0001") == Checkpoint({"n": 1}, 0, [])
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        copy_checkpoint(tmp_path / "c", tmp_path / "d")
+        copy_checkpoint(tmp_path / "c", tmp_path / "d", "0001-0000")
 
 
 def test_trial_seed_depends_on_both_and_fits_torch():

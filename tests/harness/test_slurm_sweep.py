@@ -248,6 +248,35 @@ def test_a_refusal_of_everything_leaves_nothing_behind(slurm, refusal, tmp_path)
     assert submissions.of_study(tmp_path / "results" / "default") == []
 
 
+def test_a_job_that_slurm_took_without_an_answer_is_ours(slurm, monkeypatch):
+    take = slurm.submit
+
+    def submit_without_answer(options, script, *arguments):
+        job = take(options, script, *arguments)
+        if arguments[-1] != "report":
+            slurm.jobs[f"{job}_0"] = Job(f"{job}_0", "PENDING", "", "", slurm.sent[-1]["comment"])
+            raise SlurmError("sbatch failed: Socket timed out on send/recv operation")
+        return job
+
+    monkeypatch.setattr(slurm_commands, "submit", submit_without_answer)
+    submission = submit("seed=0")
+    assert [job["job"] for job in submission.noted_jobs()] == ["101", "102"]
+
+
+def test_without_any_answer_the_submission_stays_for_the_job_that_may_come(slurm, monkeypatch, tmp_path):
+    def silent(*arguments):
+        raise SlurmError("sbatch did not answer within 60 s")
+
+    def submit_and_go_away(*arguments):
+        monkeypatch.setattr(slurm_commands, "jobs", silent)
+        silent()
+
+    monkeypatch.setattr(slurm_commands, "submit", submit_and_go_away)
+    with pytest.raises(UserError, match=r"did not answer within 60 s; what was submitted all the same: .*--status"):
+        submit("seed=0")
+    assert len(submissions.of_study(tmp_path / "results" / "default")) == 1
+
+
 def test_two_commands_do_not_submit_the_same_cells(slurm, tmp_path):
     lock = tmp_path / "results" / "default" / ".slurm" / "submit.lock"
     with cell_lock(lock), pytest.raises(UserError, match="another command is submitting"):

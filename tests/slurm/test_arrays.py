@@ -76,17 +76,16 @@ def nothing_active() -> bool:
     return not any(job.active for job in slurm_commands.jobs().values())
 
 
-def check_finished_once(study: Study, cells: int, epochs: int) -> None:
-    """Every cell is finished, and was never started again afterwards."""
+def check_finished_once(study: Study, cells: int, epochs: int | None = None) -> None:
+    """Every cell is finished, has each epoch once, and was never started again afterwards."""
     assert len(study.cells) == cells
     for cell in study.cells:
         events = read_lines(cell / "events.jsonl")
         assert (cell / "summary.json").exists()
-        assert [event["why"] for event in events if event["e"] == "close"][-1:] == ["epochs"]
-        assert events[-1]["e"] == "close"
-        assert Counter(event["e"] for event in events)["report"] == epochs
+        assert (events[-1]["e"], events[-1]["why"]) == ("close", "epochs" if epochs else "wallclock")
         seen = Counter((event["trial"], event["result"]["epoch"]) for event in events if event["e"] == "report")
         assert set(seen.values()) == {1}
+        assert epochs in (None, len(seen))
 
 
 def test_eight_cells_two_at_a_time_some_cancelled_all_finished_once(cluster, study):
@@ -280,6 +279,24 @@ def test_a_path_with_spaces_and_signs(cluster, study, tmp_path):
     assert "1/1 cells" in log.read_text()
 
 
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a tiny disk")
+def test_a_full_disk(cluster, tmp_path, environment):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = f"{sys.executable} -m harness seed=0,1 ohgw=off launch=slurm results_dir={disk}"
+    script = (
+        f"mount -t tmpfs -o size=600k tmpfs {disk} || exit 77; {command}; code=$?; find {disk} -name code; exit $code"
+    )
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("may not mount a tmpfs here")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: cannot write the submission to")
+    assert "No space left on device; make room" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert nothing_active()
+
+
 # ---- jobs that have to end
 
 
@@ -373,6 +390,22 @@ def test_a_cell_goes_on_after_its_node_has_failed(cluster, study, harness, tmp_p
     again(cluster, task)
     wait_until(nothing_active, 120)
     check_same_as_uninterrupted(study, harness, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_slurm_has_given_up_leaves_the_cell_to_the_next(cluster, study):
+    words = ["seed=0", "ohgw=on", "budget.epochs=null", "budget.wallclock=90"]
+    study.submit(*words, "launch.report=false")
+    wait_until(lambda: study.reports() > 30, 90)
+    (task,) = tasks("RUNNING")
+    cluster.hang(slurm_commands.jobs()[task].node)  # the cell runs on there
+    again(cluster, task)
+    wait_until(nothing_active, 200)
+    check_finished_once(study, 1)
+    (cell,) = study.cells
+    opened = [event["run"] for event in read_lines(cell / "events.jsonl") if event["e"] == "open"]
+    assert opened == [1, 2]
+    assert study.states(*words)[0, "on"]["state"] == "finished"
 
 
 @pytest.mark.slow
