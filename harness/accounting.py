@@ -17,6 +17,7 @@ It goes into ``slurm.json`` in the cell's folder once all its jobs have ended, o
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -50,6 +51,46 @@ def allocation() -> dict[str, Any] | None:
     return {**slurm, "node": os.environ.get("SLURMD_NODENAME"), "gpus": gpus}
 
 
+def cgroup_usage(
+    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> dict[str, Any] | None:
+    """What the kernel counted for the whole Slurm job this process runs in, so far: memory_peak (bytes), cpu_seconds;
+    None where the site does not put jobs into cgroups. ``cgroups``, ``own``: where the kernel shows them (v2 or v1)."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None
+    found: dict[str, Any] = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        job = re.search(r"^.*/job_\d+(?=/|$)", path)
+        if job is None:
+            continue
+        for controller in controllers.split(",") if controllers else [""]:
+            folder = cgroups / controller / job[0].lstrip("/")
+            for name, file, scale in _COUNTERS:
+                if (value := _counter(folder / file)) is not None:
+                    found[name] = value * scale
+    return found or None
+
+
+_COUNTERS = (
+    ("memory_peak", "memory.peak", 1),  # v2, Linux 5.19
+    ("memory_peak", "memory.max_usage_in_bytes", 1),  # v1
+    ("cpu_seconds", "cpu.stat", 1e-6),  # v2: usage_usec
+    ("cpu_seconds", "cpuacct.usage", 1e-9),  # v1
+)
+
+
+def _counter(file: Path) -> int | None:
+    """The first number in a file of the kernel."""
+    try:
+        number = re.search(r"\d+", file.read_text())
+    except OSError:
+        return None
+    return int(number[0]) if number else None
+
+
 # ---- what a record says
 
 
@@ -76,7 +117,8 @@ class Attempt:
 @dataclass(frozen=True)
 class Use:
     """What a cell's record says of its time in Slurm. ``busy``: seconds by kind; ``wallclock``: seconds, both of the
-    attempts in Slurm only; ``opens``: all attempts there were; ``gpus``: the most that a driver saw."""
+    attempts in Slurm only; ``opens``: all attempts there were; ``gpus``: the most that a driver saw; ``cgroup``: the
+    most that the kernel counted for a driver's job (``cgroup_usage``)."""
 
     paths: CellPaths
     attempts: Sequence[Attempt]
@@ -84,6 +126,7 @@ class Use:
     wallclock: float
     opens: int
     gpus: int
+    cgroup: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[str]:
@@ -113,7 +156,11 @@ def use_of_slurm(paths: CellPaths, events: Iterable[Mapping[str, Any]]) -> Use |
     attempts = [attempt for attempt, _ in found]
     wallclock = sum(attempt.end - attempt.begin for attempt in attempts)
     gpus = max((part[0].get("slurm") or {}).get("gpus", 0) for _, part in found)
-    return Use(paths, attempts, dict(busy), wallclock, len(parts), gpus)
+    cgroup: dict[str, float] = {}
+    for _, part in found:
+        for name, amount in (part[-1].get("cgroup") or {}).items():
+            cgroup[name] = max(amount, cgroup.get(name, 0))
+    return Use(paths, attempts, dict(busy), wallclock, len(parts), gpus, cgroup)
 
 
 def _attempt(events: Sequence[Mapping[str, Any]]) -> Attempt | None:
@@ -189,6 +236,7 @@ def _ours(use: Use) -> dict[str, Any]:
         "wallclock": use.wallclock,
         "busy_hours": sum(use.busy.values()) / 3600,
         "busy_hours_without_test": charged / 3600,
+        **({"cgroup": dict(use.cgroup)} if use.cgroup else {}),
     }
 
 

@@ -26,7 +26,7 @@ from backends.pool import PoolBackend
 from backends.simulated import Counts, SimulatedBackend, VirtualClock
 from backends.workers import Workers
 from harness import record
-from harness.accounting import allocation
+from harness.accounting import allocation, cgroup_usage
 from harness.curves import curve_identity
 from harness.instantiate import instantiate
 from harness.leaving import Leaving
@@ -157,14 +157,14 @@ def _attempt(
         if isinstance(backend, PoolBackend):
             backend.announce_workers()
         why = _tune(cell, paths, backend, recorder, ownership)
-        recorder.note({"e": "close", "why": why})
+        recorder.note(_closing(why, virtual is not None))
     except BaseException as error:
         if isinstance(error, Leaving):
             backend.interrupt(error.grace)
         if not isinstance(error, ReplayError | Superseded):
             why = "failed" if isinstance(error, CellFailed) else "interrupted"
             with contextlib.suppress(OSError):
-                recorder.note({"e": "close", "why": why})
+                recorder.note(_closing(why, virtual is not None))
         raise
     finally:
         log.close()
@@ -173,6 +173,12 @@ def _attempt(
         backend.close()
     with ownership.guarded():
         return _finish(cell, paths, why, files_of)
+
+
+def _closing(why: str, virtual: bool) -> dict[str, Any]:
+    """The close event; in a Slurm job at a site with cgroups, with what the kernel counted for the job."""
+    usage = None if virtual else cgroup_usage()
+    return {"e": "close", "why": why} | ({} if usage is None else {"cgroup": usage})
 
 
 def _opening(run: int, meta: dict[str, Any]) -> dict[str, Any]:

@@ -85,16 +85,17 @@ def _cells_table(study: Study) -> Table:
                 {"cell": cell, "condition": condition, "variant": variant, "seed": int(seed),
                  "jobs": " ".join(found["jobs"]), "runs": len(runs), "attempts": found["attempts"],
                  "states": " ".join(f"{n} {state}" for state, n in Counter(run["state"] for run in runs).items())}
-                | _numbers([found])
+                | _numbers([found]) | {"cgroup peak": (found.get("cgroup") or {}).get("memory_peak", math.nan)}
             )  # fmt: skip
     caption = (
         "Slurm's accounting by cell, from slurm.json in its folder. Runs: how often its jobs were started; states: "
-        "what became of them."
+        "what became of them. Cgroup peak: memory of a driver's whole job as the kernel counted it, where jobs are in "
+        "cgroups."
     )
     return Table(file_name("slurm-cells", "all"), caption, pd.DataFrame(rows), _FORMATS)
 
 
-_FORMATS = dict.fromkeys(WORDS.values(), percent) | {"max RSS": memory}
+_FORMATS = dict.fromkeys(WORDS.values(), percent) | {"max RSS": memory, "cgroup peak": memory}
 
 
 def _numbers(accounts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends.slurm_commands import Incarnation
 from harness import accounting
-from harness.accounting import PARTS, Attempt, Share, account, allocation, divide, main, use_of_slurm
+from harness.accounting import PARTS, Attempt, Share, account, allocation, cgroup_usage, divide, main, use_of_slurm
 from harness.record import CellPaths, EventLog, read_events
 from harness.report import load_results
 from harness.report.__main__ import main as report_main
@@ -377,3 +377,30 @@ def test_the_report_asks_slurm_by_itself(tmp_path, slurm, capsys):
     assert report_main([str(paths.root), "--summary"]) == 0, "of one cell as well"
     assert CellPaths.of(paths.root).slurm.exists()
     capsys.readouterr()
+
+
+V2 = {"memory.peak": "5000\n", "cpu.stat": "usage_usec 2500000\nuser_usec 1\n"}
+V1 = {"memory/memory.max_usage_in_bytes": "5000\n", "cpuacct/cpuacct.usage": "2500000000\n"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_the_kernel_counted_for_the_job_where_a_site_has_cgroups(version, tmp_path):
+    own = tmp_path / "cgroup"
+    if version == 2:
+        own.write_text("0::/system.slice/slurmstepd.scope/job_12/step_batch/user/task_0\n")
+        files = {f"system.slice/slurmstepd.scope/job_12/{name}": text for name, text in V2.items()}
+    else:
+        own.write_text(
+            "4:memory:/slurm/uid_0/job_12/step_batch\n3:cpuacct:/slurm/uid_0/job_12/step_batch\n1:name=x:/\n"
+        )
+        files = {name.replace("/", "/slurm/uid_0/job_12/"): text for name, text in V1.items()}
+    for name, text in files.items():
+        (tmp_path / "sys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / name).write_text(text)
+    assert cgroup_usage(tmp_path / "sys", own) == {"memory_peak": 5000, "cpu_seconds": pytest.approx(2.5)}
+
+
+def test_no_cgroup_of_a_job_is_no_usage(tmp_path):
+    (tmp_path / "own").write_text("0::/user.slice\n")
+    assert cgroup_usage(tmp_path, tmp_path / "own") is None
+    assert cgroup_usage(tmp_path, tmp_path / "nothing") is None

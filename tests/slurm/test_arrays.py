@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 SMALL = ["task.model=mlp", "backend.threads=1", "n_workers=1", "tracker=none", "launch=slurm", "launch.gres=gpu:1"]
 SMALL += ["launch.exclusive=false", "launch.mem=500M"]
-LONG = "budget.epochs=400"  # seconds of training
+LONG = "budget.epochs=250"  # seconds of training
 
 
 class Study:
@@ -145,13 +145,13 @@ def test_sbatch_by_hand_and_the_submitted_code_runs_though_the_checkout_changes(
     submitted = git(project, "rev-parse", "HEAD")
     (project / "conf" / "config.yaml").open("a").write("# not committed\n")
     environment.pop("PYTHONPATH")
-    words = [word for word in SMALL if word != "launch=slurm"] + ["seed=0,1", "ohgw=off,on", "budget.epochs=6"]
+    words = [word for word in SMALL if word != "launch=slurm"] + ["seed=0", "ohgw=off,on", "budget.epochs=6"]
     command = ["sbatch", "--parsable", "--mem=500M", "slurm/sweep.sbatch", *words, "launch.extra=['--hold']"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     planner = done.stdout.strip()
     wait_until(lambda: not slurm_commands.jobs()[planner].active, 60)
-    assert "submitted 4 cells as job" in (project / f"slurm-{planner}.out").read_text()
+    assert "submitted 2 cells as job" in (project / f"slurm-{planner}.out").read_text()
     for file in [*project.glob("harness/*.py"), *project.glob("backends/*.py"), *project.glob("slurm/*")]:
         file.write_text("raise SystemExit('the checkout runs')\n")
     shutil.rmtree(project / "conf")
@@ -160,7 +160,7 @@ def test_sbatch_by_hand_and_the_submitted_code_runs_though_the_checkout_changes(
     cluster.run("scontrol", "release", array)
     wait_until(nothing_active, 120)
     study = Study(lambda: None, project)
-    check_finished_once(study, 4, 6)
+    check_finished_once(study, 2, 6)
     for cell in study.cells:
         meta = json.loads((cell / "meta.json").read_text())
         assert meta["commit"] == submitted
@@ -369,7 +369,7 @@ def test_where_jobs_may_not_be_queued_again_the_next_command_submits_the_cell(cl
 
 
 def test_a_preempted_cell_goes_on(cluster, study):
-    study.submit("seed=0", "ohgw=on", "budget.epochs=2500", "launch.report=false")  # Slurm takes its time
+    study.submit("seed=0", "ohgw=on", "budget.epochs=null", "budget.wallclock=25", "launch.report=false")
     wait_until(lambda: study.reports() > 30, 90)
     (task,) = tasks("RUNNING")
     for node in cluster.nodes:  # nowhere else to go
@@ -378,23 +378,11 @@ def test_a_preempted_cell_goes_on(cluster, study):
     wait_until(nothing_active, 200)
     assert slurm_commands.jobs()[task].restarts >= 1
     assert len(interrupted(study)) == 1
-    check_finished_once(study, 1, 2500)
+    check_finished_once(study, 1)
 
 
-@pytest.mark.slow
-def test_a_cell_goes_on_after_its_node_has_failed(cluster, study, harness, tmp_path):
-    study.submit("seed=0", "ohgw=on", LONG, "launch.report=false")
-    wait_until(lambda: study.reports() > 30, 90)
-    (task,) = tasks("RUNNING")
-    cluster.crash(slurm_commands.jobs()[task].node)
-    again(cluster, task)
-    wait_until(nothing_active, 120)
-    check_same_as_uninterrupted(study, harness, tmp_path)
-
-
-@pytest.mark.slow
 def test_a_run_that_slurm_has_given_up_leaves_the_cell_to_the_next(cluster, study):
-    words = ["seed=0", "ohgw=on", "budget.epochs=null", "budget.wallclock=90"]
+    words = ["seed=0", "ohgw=on", "budget.epochs=null", "budget.wallclock=55"]
     study.submit(*words, "launch.report=false")
     wait_until(lambda: study.reports() > 30, 90)
     (task,) = tasks("RUNNING")
@@ -408,7 +396,6 @@ def test_a_run_that_slurm_has_given_up_leaves_the_cell_to_the_next(cluster, stud
     assert study.states(*words)[0, "on"]["state"] == "finished"
 
 
-@pytest.mark.slow
 def test_a_real_time_limit(cluster, study, harness, tmp_path):
     words = ["seed=0", "ohgw=on", "budget.epochs=3000", "launch.report=false", "launch.time=1"]
     study.submit(*words, "launch.signal_seconds=30")
@@ -437,23 +424,25 @@ def small_limits(running_cluster, tmp_path_factory):
 
 
 @pytest.fixture
-def limited_study(small_limits, monkeypatch, harness, environment, tmp_path) -> Study:
+def limited_study(small_limits, monkeypatch, harness, environment, tmp_path):
     monkeypatch.setenv("SLURM_CONF", str(small_limits.conf))
     environment["SLURM_CONF"] = str(small_limits.conf)
-    return Study(harness, tmp_path)
+    yield Study(harness, tmp_path)
+    small_limits.clear()  # the reports' jobs count as well
 
 
 def test_large_sweeps_are_split(small_limits, limited_study):
-    words = ["seed=0..6", "ohgw=off", "budget.epochs=6", "launch.array_limit=2"]
-    done = limited_study(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_finished_once(limited_study, 7, 6)
+    words = ["seed=0..3", "ohgw=off", "budget.epochs=6", "launch.array_limit=2"]
+    limited_study.submit(*words)
+    wait_until(nothing_active, 120)
+    check_finished_once(limited_study, 4, 6)
     jobs = read_lines(limited_study.submissions[0].parent / "jobs.jsonl")
-    assert [job["cells"] for job in jobs] == [3, 3, 1, 0]
+    assert [job["cells"] for job in jobs] == [3, 1, 0]
 
 
 def test_what_the_site_refuses_is_submitted_later(small_limits, limited_study):
     words = ["seed=0..4", "ohgw=off", "budget.epochs=6"]
+    wait_until(nothing_active, 120)
     limit = ("sacctmgr", "-i", "-Q", "modify", "user", "root", "set")
     small_limits.run(*limit, "maxsubmitjobs=4")
     try:
@@ -462,5 +451,6 @@ def test_what_the_site_refuses_is_submitted_later(small_limits, limited_study):
         wait_until(nothing_active, 120)
     finally:
         small_limits.run(*limit, "maxsubmitjobs=-1")
-    assert limited_study(*words).returncode == 0
+    limited_study.submit(*words)
+    wait_until(nothing_active, 120)
     check_finished_once(limited_study, 5, 6)

@@ -7,7 +7,7 @@ from tests.test_scripts import run
 
 @pytest.mark.slurm
 def test_bench_slurm(cluster, environment, tmp_path):
-    small = ["--trials", "1", "--many", "20", "--workers", "4", "--seconds", "8", "--epoch", "1", "--cells", "2"]
+    small = ["--trials", "1", "--many", "4", "--workers", "4", "--seconds", "6", "--epoch", "1", "--cells", "1"]
     output = run("bench_slurm.py", *small, "--folder", str(tmp_path), environment=environment)
     assert "one sbatch per trial" in output
     assert "driver's CPU share of one core" in output
