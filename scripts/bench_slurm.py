@@ -15,7 +15,8 @@ decision latency: from the time stamp of a report to the scheduler's answer, rec
 workers take CPU from the driver, so latencies are upper bounds.
 
 array: seconds from ``python -m harness launch=slurm`` to the end of ``--cells`` small cells, as cells a minute, with
-their own wall-clock seconds apart: the rest is Slurm's latency, starting Python and workers, and watching.
+their own wall-clock seconds apart: the rest is Slurm's latency, starting Python and workers, and watching. As many
+cells run at a time as this machine has cores.
 """
 
 import argparse
@@ -234,10 +235,10 @@ def _cpu_seconds() -> float:
 
 def array(options: argparse.Namespace) -> None:
     """Small cells as one job array, and the same on the login node, one after the other."""
-    small = ["task.model=mlp", "ohgw=off", "budget.epochs=20", "n_workers=1", "tracker=none"]
+    small = ["task.model=mlp", "ohgw=off", "budget.epochs=20", "n_workers=1", "backend.threads=1", "tracker=none"]
     seeds = f"seed=0..{options.cells - 1}"
     job = ["launch=slurm", "launch.gres=gpu:1", "launch.exclusive=false", "launch.cpus=1", "launch.mem=2G",
-           "launch.report=false"]  # fmt: skip
+           "launch.report=false", f"launch.array_limit={os.cpu_count()}"]  # fmt: skip
     times = {
         "launch=slurm": _sweep([*small, seeds, *job, "name=array"]),
         "launch=local": _sweep([*small, seeds, "name=local"]),

@@ -9,8 +9,8 @@
     python tests/slurm/cluster.py down DIR         # ends all of it and removes DIR
 
 Needs root and a host name that means this machine (127.x). Every file is in DIR, every port on loopback and chosen free
-at the first start. Nothing is really limited: the nodes share this machine's CPUs and memory, GPUs are copies of
-/dev/null. Partitions: gpu (the default, preemptible), high (preempts gpu), short (ten minutes at most). Timers are
+at the first start. Nothing is really limited: the nodes share this machine's CPUs and memory, GPUs are links
+to /dev/null. Partitions: gpu (the default, preemptible), high (preempts gpu), short (ten minutes at most). Timers are
 short: a silent node is down after 10 to 30 s, processes of a job that ends have 5 s from SIGTERM to SIGKILL.
 """
 
@@ -19,10 +19,10 @@ import contextlib
 import getpass
 import json
 import os
+import random
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -169,6 +169,8 @@ class Cluster:
         """Start what does not run. Errors: ClusterError."""
         if (why := missing()) is not None:
             raise ClusterError(f"a Slurm cluster {why}")
+        if not self._pids.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise ClusterError(f"{self.folder} holds something else, and down would remove it; take an empty folder")
         if not self.conf.exists():
             self._configure()
         run = self.folder / "run"
@@ -185,7 +187,8 @@ class Cluster:
         self._wait("the nodes", lambda: len(self._usable()) == NODES)
 
     def down(self) -> None:
-        """End all that was started, jobs included, and remove the folder."""
+        """End all that was started, jobs included, and remove the folder. Errors: ClusterError (no cluster)."""
+        self._check()
         if self._alive("slurmctld"):
             with contextlib.suppress(ClusterError):
                 self.run("scancel", "-u", getpass.getuser())
@@ -210,7 +213,8 @@ class Cluster:
         self._wait(f"the end of {node}", lambda: self._alive(f"slurmd-{node}") is None)
 
     def revive(self) -> None:
-        """Bring failed nodes back."""
+        """Bring failed nodes back. Errors: ClusterError."""
+        self._check()
         for node in self.nodes:
             if self._alive(f"slurmd-{node}") is None:
                 self._kill(self._job_processes(node))
@@ -236,8 +240,10 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of one of Slurm's commands. Errors: ClusterError with what it said, if ``check``."""
-        environment = {**os.environ, "SLURM_CONF": str(self.conf), "LC_ALL": "C"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        try:
+            done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"{' '.join(command)}: no answer within 60 s") from None
         if check and done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
@@ -258,12 +264,20 @@ class Cluster:
 
     # ---- parts
 
+    def _check(self) -> None:
+        if not self._pids.exists():
+            raise ClusterError(f"there is no cluster in {self.folder}")
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.conf), "LC_ALL": "C"}
+
     def _configure(self) -> None:
         for name in ("etc", "log", "run", "state", "spool", "gpu"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._pids.write_text("{}")
-        for k in range(GPUS):  # with regular files CUDA_VISIBLE_DEVICES would come out empty
-            os.mknod(self.folder / "gpu" / f"nvidia{k}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        for k in range(GPUS):  # devices: with regular files CUDA_VISIBLE_DEVICES would come out empty
+            (self.folder / "gpu" / f"nvidia{k}").symlink_to("/dev/null")
         host = socket.gethostname().split(".")[0]
         ctld, dbd, *nodes = _free_ports(2 + NODES)
         values = {"folder": self.folder, "host": host, "address": socket.gethostbyname(socket.gethostname()),
@@ -304,8 +318,7 @@ class Cluster:
         """Start a daemon in the background, unless it runs; whether it had to be started."""
         if self._alive(name) is not None:
             return False
-        environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.conf), "LC_ALL": "C"}
-        environment["MYSQL_UNIX_PORT"] = f"{self.folder}/run/mysql.sock"
+        environment = {**self._environment, "MYSQL_UNIX_PORT": f"{self.folder}/run/mysql.sock"}
         with open(self.folder / "log" / f"{name}.log", "ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                                        cwd=self.folder, start_new_session=True)  # fmt: skip
@@ -326,11 +339,11 @@ class Cluster:
         pid = self._alive(name)
         if pid is None:
             return
-        os.kill(pid, signal.SIGTERM)
+        self._kill([pid], signal.SIGTERM)
         deadline = time.monotonic() + 20
         while self._alive(name) is not None:
             if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
+                self._kill([pid])
             time.sleep(0.02)
 
     def _wait(self, what: str, condition: Callable[[], object], seconds: float = 60) -> None:
@@ -356,10 +369,10 @@ class Cluster:
                         found.add(parent)
         return sorted(found)
 
-    def _kill(self, pids: list[int]) -> None:
+    def _kill(self, pids: list[int], number: int = signal.SIGKILL) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
 
 def _environments() -> Iterator[tuple[int, dict[str, str]]]:
@@ -387,11 +400,13 @@ def _reap(pid: int) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+    """Below those that the kernel gives to clients: a failed node's must still be free when the node comes back."""
+    found: list[int] = []
+    for port in random.sample(range(10_000, 32_000), 1000):
+        if len(found) < count:
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                found.append(port)
+    return found
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
@@ -409,15 +424,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.action != "install" and options.folder is None:
         parser.error(f"{options.action} needs DIR")
-    if options.action in ("crash", "hang") and options.node is None:
-        parser.error(f"{options.action} needs a node")
+    if (options.action in ("crash", "hang")) != (options.node is not None):
+        parser.error("crash and hang need a node, nothing else does")
     try:
         if options.action == "install":
             install()
             return 0
         cluster = Cluster(options.folder, options.conf.read_text() if options.conf else "")
         getattr(cluster, options.action)(*filter(None, [options.node]))
-    except ClusterError as error:
+    except (ClusterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

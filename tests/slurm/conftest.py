@@ -24,7 +24,7 @@ def running_cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def cluster(running_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster without jobs whose commands work in this process and those it starts."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", str(running_cluster.conf))
     yield running_cluster
