@@ -134,6 +134,7 @@ def test_killed_worker_is_replaced_and_its_trial_goes_on(tmp_path, start_harness
     assert not [e for e in read_lines(cell / "events.jsonl") if e["e"] == "error"]
 
 
+@pytest.mark.slow
 def test_torn_last_line_is_reported_and_recovered(tmp_path, start_harness, harness):
     process = start_harness(*SMALL)
     cell = wait_for(lambda: in_second_cell(tmp_path))

@@ -33,6 +33,7 @@ def counts(output: str) -> tuple[int, ...]:
     return tuple(int(word.strip("(,")) for word in line.split() if word.strip("(,").isdigit())
 
 
+@pytest.mark.slow
 def test_twice_is_byte_identical_and_random_schedulers_share_trials(tmp_path, harness):
     words = [*SMALL, "scheduler=random,asha,pasha,hyperband", "ohgw=off,normalized", "seed=0..1"]
     first = harness(*words)
@@ -50,6 +51,7 @@ def test_twice_is_byte_identical_and_random_schedulers_share_trials(tmp_path, ha
     assert wide.returncode == 0, wide.stdout + wide.stderr
 
 
+@pytest.mark.slow
 def test_training_without_its_checkpoint_begins_with_the_same_warm_start(tmp_path, harness):
     """A trial resumed with x' that has rows in the store but no checkpoint: x is warm-started, not x' once more."""
     words = [*BARE, "scheduler=asha", "ohgw=normalized", "n_workers=4", "backend.max_gib=0"]
