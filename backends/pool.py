@@ -242,7 +242,9 @@ class PoolBackend(FunctionBackend):
     def interrupt(self, seconds: float) -> None:
         """Let running trials checkpoint at the end of their epoch, for ``seconds`` at most; what they report meanwhile
         comes again from the checkpoints."""
+        self._halted |= set(self._jobs)
         self.pool.interrupt(seconds)
+        self._jobs = {trial_id: job for trial_id, job in self._jobs.items() if not job.ended}
 
     def close(self) -> None:
         """End the pool, if it is this backend's own."""

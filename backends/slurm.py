@@ -67,6 +67,7 @@ class _SlurmJob:
     node: str = ""
     over: bool = False
     missing: int = 0  # looks in which the queue did not have it
+    lost: float = 0.0  # when its worker was
 
     @property
     def name(self) -> str:
@@ -85,6 +86,7 @@ class _SlurmJob:
         return self.over
 
     def end(self, stopped: bool) -> str:
+        self.lost = time.monotonic()
         self.cluster.cancel(self)
         if self.over:
             return f"{self.name} was ended by Slurm: {self.state}"
@@ -143,7 +145,6 @@ class SlurmWorkers(Workers):
             "sys_path": worker_sys_path(),
             "threads": threads,
             "warm": list(warm),
-            "gpu": True,  # if torch sees one
             "signal": signal,
             "driver": {"host": socket.gethostname(), "pid": os.getpid()},
             "connect_seconds": CONNECT_SECONDS,
@@ -389,7 +390,7 @@ class _Conversation:
             return
         try:
             if not job.over:
-                time.sleep(1.0)  # a script whose process has died ends at once
+                time.sleep(max(0.0, job.lost + 1.0 - time.monotonic()))  # a script whose process has died ends at once
                 now = slurm_commands.jobs().get(job.id)
                 if now is not None and now.state == "RUNNING":
                     self.suspect(now)

@@ -291,7 +291,9 @@ def _slurm_order(file: Path, base: int) -> dict[str, Any]:
         order = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"the driver has gone: there is no {file}") from None
-    return {**order, "spawn": base + int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # absent where the site has no GPUs for Slurm to give
+    gpu = Path("/dev/nvidia0").exists() if visible is None else visible not in ("", "NoDevFiles")
+    return {**order, "spawn": base + int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)), "gpu": gpu}
 
 
 def _connect(address: str | list[Any], key: bytes, patience: float) -> Connection:

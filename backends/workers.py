@@ -208,16 +208,15 @@ class Workers:
         self.on_worker = _ignore_worker
 
     def interrupt(self, seconds: float) -> None:
-        """Let running attempts checkpoint at the end of their epoch; returns when all have ended or time is up.
-        Nobody hears of any attempt any more: what they report is in their checkpoints."""
+        """Let running attempts checkpoint at the end of their epoch, and drop waiting ones; returns when all have ended
+        or time is up."""
         deadline = time.monotonic() + seconds
-        running = [worker for worker in self._workers if worker.job is not None]
-        self._queue.clear()
-        for worker in running:
-            assert worker.job is not None
-            worker.job.on_message = _ignore
-            self._send(worker, {"m": "interrupt", "key": worker.job.key})
-        while any(worker.job for worker in running) and time.monotonic() < deadline:
+        for job in list(self._queue):
+            self.stop(job)
+        for worker in self._workers:
+            if worker.job is not None:
+                self._send(worker, {"m": "interrupt", "key": worker.job.key})
+        while any(worker.job for worker in self._workers) and time.monotonic() < deadline:
             self.poll(min(WAIT, max(0.0, deadline - time.monotonic())))
 
     def poll(self, timeout: float) -> None:

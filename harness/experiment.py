@@ -8,6 +8,7 @@ again, and so does one in virtual time: its trials are in the curve store, and i
 import contextlib
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from syne_tune.tuner_logger import TunerLogger
 
 from backends.context import RestoredTrial, attempt_files, attempt_name
 from backends.curve_store import CurveStore
-from backends.function_backend import threads_per_worker
+from backends.function_backend import FunctionBackend, threads_per_worker
 from backends.local import LocalTrialBackend
 from backends.pool import PoolBackend
 from backends.simulated import Counts, SimulatedBackend, VirtualClock
@@ -56,6 +57,19 @@ class _Silent(TunerLogger):
         if name.startswith("print_"):
             return lambda *args, **kwargs: None
         return super().__getattribute__(name)
+
+
+class _CheckpointsFirst(TunerCallback):
+    """However a Tuner ends it stops all trials, at once. Where it ends because Slurm wants the process to go, they
+    checkpoint before that."""
+
+    def __init__(self, backend: FunctionBackend):
+        self.backend = backend
+
+    def on_tuning_end(self) -> None:
+        error = sys.exc_info()[1]  # called in a ``finally``
+        if isinstance(error, Leaving):
+            self.backend.interrupt(error.grace)
 
 
 @dataclass
@@ -159,8 +173,6 @@ def _attempt(
         why = _tune(cell, paths, backend, recorder, ownership)
         recorder.note(_closing(why, virtual is not None))
     except BaseException as error:
-        if isinstance(error, Leaving):
-            backend.interrupt(error.grace)
         if not isinstance(error, ReplayError | Superseded):
             why = "failed" if isinstance(error, CellFailed) else "interrupted"
             with contextlib.suppress(OSError):
@@ -201,7 +213,7 @@ def _tune(cell: Cell, paths: CellPaths, backend: Any, recorder: Recorder, owners
             tuner_name=paths.folder,
             suffix_tuner_name=False,
             save_tuner=False,  # our own append-only record replaces the dill dump and the CSV
-            callbacks=[TunerCallback()],
+            callbacks=[_CheckpointsFirst(backend)],
             trial_backend_path=str(paths.root),
             print_update_interval=1e9,
             output_logger=_Silent(),

@@ -368,8 +368,9 @@ def test_an_interrupted_backend_leaves_checkpoints_of_the_epochs_in_flight(pool,
     b = backend(pool, "polite", tmp_path)
     for _ in range(3):  # the third one has not begun
         b.start_trial({"epochs": 1000, "sleep": 0.02})
-    _, results = follow(b, [0, 1, 2], lambda _, results: len(results) >= 8)
+    _, results = follow(b, [0, 1, 2], lambda _, results: all(sum(k == i for k, _ in results) > 2 for i in (0, 1)))
     b.interrupt(20.0)
+    assert b.busy_trial_ids() == []
     for k in (0, 1):
         reported = sum(trial == k for trial, _ in results)
         saved = reports_before(checkpoint_files(b.trial_path(k))[-1].read_bytes())
