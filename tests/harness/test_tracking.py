@@ -271,7 +271,7 @@ def check_whole(rows: list[dict], log: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("first", [signal.SIGKILL])
 def test_a_cell_that_goes_on_has_one_run_with_the_whole_history_after_wandb_sync(
     first, tmp_path, start_harness, environment
 ):
@@ -295,7 +295,7 @@ def test_a_cell_that_goes_on_has_one_run_with_the_whole_history_after_wandb_sync
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("first", [signal.SIGKILL])
 def test_a_cell_that_goes_on_goes_on_in_its_run_online(first, tmp_path, start_harness, environment):
     with taking(Uploads()) as uploads:
         environment |= {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": uploads.url}

@@ -441,16 +441,16 @@ def test_large_sweeps_are_split(small_limits, limited_study):
 
 
 def test_what_the_site_refuses_is_submitted_later(small_limits, limited_study):
-    words = ["seed=0..4", "ohgw=off", "budget.epochs=6"]
+    words = ["seed=0..2", "ohgw=off", "budget.epochs=6"]
     wait_until(nothing_active, 120)
     limit = ("sacctmgr", "-i", "-Q", "modify", "user", "root", "set")
-    small_limits.run(*limit, "maxsubmitjobs=4")
+    small_limits.run(*limit, "maxsubmitjobs=2")
     try:
         said = limited_study.submit(*words)
-        assert "4 of 5 cells were submitted, Slurm refused the rest" in said
+        assert "2 of 3 cells were submitted, Slurm refused the rest" in said
         wait_until(nothing_active, 120)
     finally:
         small_limits.run(*limit, "maxsubmitjobs=-1")
     limited_study.submit(*words)
     wait_until(nothing_active, 120)
-    check_finished_once(limited_study, 5, 6)
+    check_finished_once(limited_study, 3, 6)
