@@ -44,16 +44,11 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         self,
         function: str,
         *,
-        settings: dict[str, Any] | None = None,
-        seed: int = 0,
-        path: str | Path | None = None,
-        run: int = 1,
-        max_retries: int = 2,
-        delete_checkpoints: bool = False,
         threads: int | None = None,
         stop_grace: float = 10.0,
+        **inherited: Any,
     ):
-        """``threads`` a trial (default: CPUs / default number of workers)."""
+        """``threads`` a trial (default: CPUs / default number of workers); ``inherited``: as in ``FunctionBackend``."""
         self.threads = threads or threads_per_worker(default_n_workers())
         self.stop_grace = stop_grace
         self._processes: dict[int, _Running] = {}
@@ -61,15 +56,10 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         self._gpus = [gpu.uuid for gpu in visible_gpus()]
         super().__init__(
             function,
-            settings=settings,
-            seed=seed,
-            path=path,
-            run=run,
-            max_retries=max_retries,
-            delete_checkpoints=delete_checkpoints,
             entry_point=str(ENTRY),
             pass_args_as_json=True,
             rotate_gpus=len(self._gpus) > 1,
+            **inherited,
         )
 
     def prepare(self, function: str, settings: dict[str, Any]) -> None:

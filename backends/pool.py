@@ -205,22 +205,10 @@ class PoolBackend(FunctionBackend):
         *,
         pool: Workers | None = None,
         n_workers: int | None = None,
-        settings: dict[str, Any] | None = None,
-        seed: int = 0,
-        path: str | Path | None = None,
-        run: int = 1,
-        max_retries: int = 2,
-        delete_checkpoints: bool = False,
+        **inherited: Any,
     ):
-        super().__init__(
-            function,
-            settings=settings,
-            seed=seed,
-            path=path,
-            run=run,
-            max_retries=max_retries,
-            delete_checkpoints=delete_checkpoints,
-        )
+        """``inherited``: as in ``FunctionBackend``."""
+        super().__init__(function, **inherited)
         self._owns_pool = pool is None
         self.pool: Workers = WorkerPool(n_workers) if pool is None else pool
         self.pool.clear()

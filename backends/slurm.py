@@ -13,6 +13,7 @@ The driver talks to Slurm from a thread of its own, so that a slow controller de
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import queue
@@ -32,7 +33,7 @@ from typing import Any
 
 from backends import slurm_commands
 from backends.context import UserError
-from backends.function_backend import WAIT
+from backends.function_backend import WAIT, FunctionBackend
 from backends.pool import PoolBackend
 from backends.slurm_commands import HELD_BY_THE_SITE, Resources, SlurmError
 from backends.workers import Worker, Workers, worker_python_path, worker_sys_path
@@ -140,7 +141,7 @@ class SlurmWorkers(Workers):
         threads = threads or resources.cpus or 1
         super().__init__(n_workers, threads, stop_grace, listener)
         order = {
-            "address": _advertised(self._host, listener.getsockname()[1]),
+            "address": [self._host, listener.getsockname()[1]],
             "key": self._key.hex(),
             "sys_path": worker_sys_path(),
             "threads": threads,
@@ -192,6 +193,9 @@ class SlurmWorkers(Workers):
         self._cluster.follow(job)
 
     def _replace(self, worker: Worker) -> None:
+        assert isinstance(worker.handle, _SlurmJob)
+        if worker.state in ("starting", "preparing"):
+            self._cluster.suspect(worker.handle)
         spawn = next(self._spawns)
         job = _SlurmJob(spawn, self._folder / f"worker-{spawn}.log", self._cluster)
         self._begun = self._last_word = time.monotonic()
@@ -200,7 +204,6 @@ class SlurmWorkers(Workers):
 
     def _is_fatal(self, worker: Worker) -> bool:
         """Of the first workers fewer have to fail: what keeps them from working is probably the same for all."""
-        self._cluster.suspect(worker.handle)
         return super()._is_fatal(worker) or (not self._worked and self._failed_starts >= self.n_workers)
 
     def _on_hello(self, worker: Worker, hello: dict[str, Any]) -> None:
@@ -231,51 +234,21 @@ class SlurmWorkers(Workers):
         )
 
 
+_OF_BACKENDS = inspect.signature(FunctionBackend).parameters
+
+
 class SlurmBackend(PoolBackend):
     """Syne Tune backend whose trials run on workers that are Slurm jobs. Give the Tuner ``sleep_time=0``."""
 
-    def __init__(
-        self,
-        function: str,
-        *,
-        n_workers: int,
-        folder: str | Path = "slurm-workers",
-        host: str | None = None,
-        port: int = 0,
-        threads: int | None = None,
-        stop_grace: float = 10.0,
-        warm: Sequence[str] = ("torch",),
-        settings: dict[str, Any] | None = None,
-        seed: int = 0,
-        path: str | Path | None = None,
-        run: int = 1,
-        max_retries: int = 2,
-        delete_checkpoints: bool = False,
-        **resources: Any,
-    ):
-        """``resources``: the fields of ``backends.slurm_commands.Resources`` (partition, gres, cpus, mem, time, ...),
-        of one worker; ``folder`` to ``warm`` as in ``SlurmWorkers``; the rest as in ``PoolBackend``. Checkpoints
-        go to ``path`` (default: where the Tuner says), which the nodes must share. Errors: UserError."""
-        workers = SlurmWorkers(
-            n_workers,
-            Resources(**resources),
-            folder=folder,
-            host=host,
-            port=port,
-            threads=threads,
-            stop_grace=stop_grace,
-            warm=warm,
-        )
-        super().__init__(
-            function,
-            pool=workers,
-            settings=settings,
-            seed=seed,
-            path=path,
-            run=run,
-            max_retries=max_retries,
-            delete_checkpoints=delete_checkpoints,
-        )
+    def __init__(self, function: str, *, n_workers: int, **options: Any):
+        """``options``: fields of ``backends.slurm_commands.Resources`` (partition, gres, cpus, mem, time, ...), of one
+        worker; keyword arguments of ``SlurmWorkers`` (folder, host, port, threads, warm, ...); the rest as in
+        ``PoolBackend``. Checkpoints go to ``path`` (default: where the Tuner says), which the nodes must share. Errors:
+        UserError; TypeError for an option that none of them has."""
+        of_workers = inspect.signature(SlurmWorkers).parameters
+        known = {name: options.pop(name) for name in list(options) if name in of_workers}
+        inherited = {name: options.pop(name) for name in list(options) if name in _OF_BACKENDS}
+        super().__init__(function, pool=SlurmWorkers(n_workers, Resources(**options), **known), **inherited)
         self._owns_pool = True
 
 
@@ -329,7 +302,7 @@ class _Conversation:
     def cancel(self, job: _SlurmJob) -> None:
         self._orders.put(("cancel", job))
 
-    def suspect(self, job: Any) -> None:
+    def suspect(self, job: _SlurmJob | slurm_commands.Job) -> None:
         """Its node may be the reason why it failed: the next worker should not go there."""
         if job.node and job.node not in self._bad_nodes:
             self._bad_nodes.append(job.node)
@@ -475,11 +448,6 @@ def _allow_files(count: int) -> None:
             f"{count - OTHER_FILES} workers need {count} open files, this machine allows {hard} (ulimit -Hn): take "
             "fewer, or have the limit raised"
         )
-
-
-def _advertised(host: str, port: int) -> list[Any]:
-    """Where workers are told to connect to."""
-    return [host, port]
 
 
 def _sweep(parent: Path) -> None:

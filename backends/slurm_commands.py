@@ -9,10 +9,11 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from backends.context import UserError
 
@@ -48,6 +49,11 @@ class Resources:
     extra: Sequence[str] = ()
     setup: Sequence[str] = ()
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], **changed: Any) -> "Resources":
+        """From a dict that has these fields among others."""
+        return cls(**{name.name: settings[name.name] for name in fields(cls) if name.name in settings} | changed)
+
     def options(self) -> list[str]:
         """Arguments for sbatch. Errors: UserError for an ``extra`` that is no option."""
         names = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "gres": "gres",
@@ -78,6 +84,12 @@ class Job:
     def active(self) -> bool:
         """Whether it waits, runs or is about to."""
         return self.state in ACTIVE
+
+
+def own_slurm_job() -> str | None:
+    """The id of the Slurm job this process belongs to (``12`` or ``12_3``), None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def submit(options: Sequence[str], script: Path, *arguments: str) -> str:

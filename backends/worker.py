@@ -36,6 +36,7 @@ from typing import Any
 
 from backends.attempt import Attempt, AttemptSpec, Outcome, call, die_with_parent, kill_own_group, resolve
 from backends.context import UserError, to_json
+from backends.slurm_commands import own_slurm_job
 from backends.sockets import notice_dead_peer
 
 REFUSED_SECONDS = 5.0  # a driver listens before it submits its workers
@@ -92,12 +93,6 @@ class Interpreter:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-
-def own_slurm_job() -> str | None:
-    """The id of the Slurm job this process belongs to (``12`` or ``12_3``), None outside of Slurm."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _determinism(torch: Any) -> tuple[bool, bool]:

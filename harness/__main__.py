@@ -92,15 +92,15 @@ def _main(argv: list[str], conf: Path) -> int:
     if options.dry_run:
         return _print_plan(plan, options.json)
     if options.status or options.cancel:
-        from harness import slurm_status
+        from harness.slurm import status
 
-        slurm_status.print_cancel(plan) if options.cancel else slurm_status.print_status(plan, options.json)
+        status.print_cancel(plan) if options.cancel else status.print_status(plan, options.json)
         return 0
     sweep.check_data(plan)
     if plan.cells[0].config["launch"]["name"] == "slurm":
-        from harness import slurm_sweep
+        from harness.slurm import submit
 
-        return slurm_sweep.run(plan, json_output=options.json)
+        return submit.run(plan, json_output=options.json)
     from harness.runner import run_sweep
 
     return run_sweep(plan, json_output=options.json, verbose=options.verbose)
@@ -182,7 +182,7 @@ def _states(plan: Plan) -> list[str]:
 
     states = []
     for cell in plan.cells:
-        paths = CellPaths(cell.config["results_dir"], cell.config["name"], cell.folder)
+        paths = CellPaths.of_cell(cell)
         states.append("finished" if paths.summary.exists() else "interrupted" if paths.events.exists() else "new")
     return states
 
@@ -199,9 +199,8 @@ def _print_plan(plan: Plan, as_json: bool) -> int:
     ]
     for line in sweep.aligned(rows):
         print(line)
-    config = plan.cells[0].config
     counts = ", ".join(f"{count} {state}" for state, count in Counter(states).items())
-    print(f"\n{len(plan.cells)} cells ({counts}) in {Path(config['results_dir']) / config['name']}")
+    print(f"\n{len(plan.cells)} cells ({counts}) in {plan.folder}")
     for note in plan.notes:
         print(note)
     return 0

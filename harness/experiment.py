@@ -27,7 +27,6 @@ from backends.pool import PoolBackend
 from backends.simulated import Counts, SimulatedBackend, VirtualClock
 from backends.workers import Workers
 from harness import record
-from harness.accounting import allocation, cgroup_usage
 from harness.curves import curve_identity
 from harness.instantiate import instantiate
 from harness.leaving import Leaving
@@ -35,6 +34,7 @@ from harness.ohgw import OHGW
 from harness.ownership import SOLE, Ownership, Superseded
 from harness.record import CellPaths, EventLog
 from harness.recorder import Budget, CellClock, Recorder, ReplayError
+from harness.slurm.accounting import allocation, cgroup_usage
 from harness.space import Space
 from harness.sweep import Cell
 

@@ -22,8 +22,7 @@ from typing import Any
 
 from backends import slurm_commands
 from backends.context import UserError
-from backends.slurm_commands import SlurmError
-from backends.worker import own_slurm_job
+from backends.slurm_commands import SlurmError, own_slurm_job
 
 GUARD_SECONDS = 120.0  # nothing that is guarded takes so long; a file server forgets a dead machine's locks in less
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -219,6 +218,24 @@ def _active(job: str) -> bool:
     if not runs:
         raise SlurmError(f"Slurm knows nothing of job {job}")
     return runs[-1].state in slurm_commands.ACTIVE
+
+
+def shown_holder(path: Path) -> str:
+    """Who owns the cell whose lock file is ``path``, in words; "" if nobody does, or a process that Slurm has given up.
+    Writes nothing: also for somebody else's cells."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once
+                return ""
+            except OSError:
+                holder = _read(file.fileno())
+    except FileNotFoundError:
+        return ""
+    with contextlib.suppress(SlurmError):
+        if holder is not None and given_up_by_slurm(holder):
+            return ""
+    return _words(holder)
 
 
 def _ownership(path: Path, former: Holder | None) -> Ownership:

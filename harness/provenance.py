@@ -14,7 +14,7 @@ from typing import Any
 PACKAGES = ("syne-tune", "torch", "torchvision", "numpy", "scipy", "hydra-core", "omegaconf", "scikit-learn")
 DIFF_LIMIT = 200_000  # characters of an uncommitted diff that are kept
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT_FILE = "commit.json"  # in a copy of the code (harness/snapshot.py): the commit and diff it was made of
+COMMIT_FILE = "commit.json"  # in a copy of the code (harness/slurm/snapshot.py): the commit and diff it was made of
 
 
 def provenance(command: list[str], gpus: list[str]) -> dict[str, Any]:

@@ -19,12 +19,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 import yaml
 
 from harness.ownership import Superseded
+
+if TYPE_CHECKING:
+    from harness.sweep import Cell
 
 BUSY_KINDS = ("startup", "warm_start", "train", "validate", "test", "checkpoint")
 SYNC_SECONDS = 5.0  # a power cut costs at most this much of the record; a kill costs only the line being written
@@ -48,6 +51,11 @@ class CellPaths:
         """The paths of an existing cell folder ``<results_dir>/<name>/<folder>``."""
         path = Path(cell).absolute()
         return cls(path.parent.parent, path.parent.name, path.name)
+
+    @classmethod
+    def of_cell(cls, cell: "Cell") -> "CellPaths":
+        """The absolute paths of a planned cell."""
+        return cls(Path(os.path.abspath(cell.config["results_dir"])), cell.config["name"], cell.folder)
 
     @property
     def root(self) -> Path:
@@ -81,7 +89,7 @@ class CellPaths:
 
     @property
     def slurm(self) -> Path:
-        """Slurm's account of the cell, where it ran in Slurm jobs that have ended (harness/accounting.py)."""
+        """Slurm's account of the cell, where it ran in Slurm jobs that have ended (harness/slurm/accounting.py)."""
         return self.root / "slurm.json"
 
     @property

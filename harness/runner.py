@@ -1,7 +1,6 @@
 """Run a plan: one cell after the other, skipping what is finished, surviving what fails."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -71,9 +70,9 @@ def run_sweep(plan: Plan, *, json_output: bool = False, verbose: bool = False) -
     when their cell ends (it is in the cell's stdout.log and stderr.log anyway).
     """
     console = _Console(file=sys.stderr if json_output else sys.stdout)  # now: a cell redirects sys.stdout
-    _check_writable(_study(plan))
+    _check_writable(plan.folder)
     meta = _provenance(sys.argv)
-    todo = [cell for cell in plan.cells if not _paths(cell).finished]
+    todo = [cell for cell in plan.cells if not CellPaths.of_cell(cell).finished]
     for note in plan.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if len(todo) < len(plan.cells):
@@ -89,7 +88,7 @@ def run_alone(cell: Cell, command: list[str]) -> Outcome:
     command line. The caller handles signals; one that raises KeyboardInterrupt makes the outcome ``interrupted``."""
     console = _Console()
     meta = _provenance(command)
-    todo = [] if _paths(cell).finished else [cell]
+    todo = [] if CellPaths.of_cell(cell).finished else [cell]
     outcome = _run(todo, 1, console, meta, verbose=False, signals=contextlib.nullcontext())
     _say_outcome(outcome, console)
     return outcome
@@ -107,7 +106,7 @@ def print_results(plan: Plan, console: Console, json_output: bool) -> None:
     """The paired summary of the plan's study on ``console``, or as JSON on stdout; nothing if there is no record."""
     from harness import report  # two seconds of imports, better spent at the end
 
-    root = _study(plan)
+    root = plan.folder
     try:
         results = report.load_results(root)
     except report.ResultsError:  # it ended before there was a record
@@ -154,12 +153,14 @@ def _run(
             for cell in todo:
                 _run_one(cell, machinery, tracker, display, meta, outcome)
                 if verbose:
-                    _show_logs(_paths(cell), display)
+                    _show_logs(CellPaths.of_cell(cell), display)
         except KeyboardInterrupt:
             outcome.interrupted = True
     for path, counts in machinery.counts.items():
         console.print(shown_counts(vars(counts), Path(path)), highlight=False, markup=False, soft_wrap=True)
-    outcome.busy = [cell.folder for cell in todo if cell.folder in outcome.busy and not _paths(cell).finished]
+    outcome.busy = [
+        cell.folder for cell in todo if cell.folder in outcome.busy and not CellPaths.of_cell(cell).finished
+    ]
     return outcome
 
 
@@ -172,7 +173,7 @@ def _tracker(todo: list[Cell], display: Display, meta: dict[str, Any]) -> Guarde
 def _run_one(
     cell: Cell, machinery: "_Machinery", tracker: Guarded, display: Display, meta: dict[str, Any], outcome: Outcome
 ) -> None:
-    paths = _paths(cell)
+    paths = CellPaths.of_cell(cell)
 
     def on_event(recorder: Recorder, event: dict[str, Any]) -> None:
         display.update(recorder, event)
@@ -292,23 +293,13 @@ def _slurm_workers(cell: Cell, warn: Callable[[str], None], **common: Any) -> Wo
     from backends.slurm import SlurmWorkers
 
     backend = cell.config["backend"]
-    names = [field.name for field in dataclasses.fields(Resources) if field.name in backend]
     chosen = {name: backend[name] for name in ("host", "port", "signal", "signal_seconds")}
-    folder = _paths(cell).root.parent / ".workers"
-    resources = Resources(**{name: backend[name] for name in names})
-    return SlurmWorkers(cell.config["n_workers"], resources, folder=folder, warn=warn, **chosen, **common)
+    folder = CellPaths.of_cell(cell).root.parent / ".workers"
+    return SlurmWorkers(cell.config["n_workers"], Resources.of(backend), folder=folder, warn=warn, **chosen, **common)
 
 
 def _task_and_variant(settings: dict[str, Any]) -> str:
     return json.dumps([settings["task"], settings["ohgw"]])
-
-
-def _study(plan: Plan) -> Path:
-    return Path(plan.cells[0].config["results_dir"]) / plan.cells[0].config["name"]
-
-
-def _paths(cell: Cell) -> CellPaths:
-    return CellPaths(Path(cell.config["results_dir"]).absolute(), cell.config["name"], cell.folder)
 
 
 def _check_writable(root: Path) -> None:

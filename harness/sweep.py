@@ -142,6 +142,16 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
 
+    @property
+    def folder(self) -> Path:
+        """That of the study, ``results_dir/name``, as it was given."""
+        return Path(self.cells[0].config["results_dir"]) / self.cells[0].config["name"]
+
+    @property
+    def root(self) -> Path:
+        """The same, absolute."""
+        return Path(os.path.abspath(self.folder))
+
 
 def make_plan(overrides: Sequence[str], conf: Path = CONF) -> Plan:
     """The plan of ``key=value`` arguments. Reads YAML files only; UserError names the first thing that is wrong."""
@@ -463,7 +473,7 @@ def _missing_off(plan: Plan) -> list[str]:
         labels = {**cell.config["labels"], "variant": "off", "preset": "off"}
         config = {**cell.config, "ohgw": OFF, "labels": labels}
         labels["identity"] = identity(config)
-        finished = CellPaths(config["results_dir"], config["name"], Cell(config).folder).summary.exists()
+        finished = CellPaths.of_cell(Cell(config)).summary.exists()
         if labels["identity"] not in here and not finished:
             missing.add(labels["identity"])
     if not missing:

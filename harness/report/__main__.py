@@ -72,7 +72,7 @@ def _main(options: argparse.Namespace) -> int:
 def _ask_slurm(results: Results) -> None:
     """Have cells accounted for that ran in Slurm jobs and are not yet, if this is where one can ask."""
     if shutil.which("sacct") and any("missing" in found for found in results.slurm.values()):
-        from harness.accounting import account
+        from harness.slurm.accounting import account
 
         folder = results.folder(next(iter(results.slurm))).resolve().parent
         with contextlib.suppress(OSError):  # somebody else's results: they stay without

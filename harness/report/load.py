@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.accounting import account_in_record, use_of_slurm
 from harness.ohgw.coordinates import Coordinate
 from harness.record import (
     CellPaths,
@@ -24,6 +23,7 @@ from harness.record import (
     trial_rows,
 )
 from harness.report.processes import cores, map_in_processes
+from harness.slurm.accounting import account_in_record, use_of_slurm
 from harness.space import Categorical, Float, Space
 
 _SET_ASIDE = re.compile(r"\.broken-\d+$")
@@ -56,8 +56,8 @@ class Results:
     configs: the resolved configuration of each usable cell.
     meta: the content of meta.json of each usable cell that has one: command, commit, versions, hardware.
     commands: the arguments of ``python -m harness`` that began it, where they are recorded.
-    slurm: of each usable cell whose events name Slurm jobs the content of slurm.json (``harness.accounting``), or else
-        ``{"missing": why}`` and our side of it.
+    slurm: of each usable cell whose events name Slurm jobs the content of slurm.json (``harness.slurm.accounting``), or
+        else ``{"missing": why}`` and our side of it.
     corrupt: cells that are left out, each with the reason; warnings: what was skipped, set aside or is ambiguous.
     """
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from harness.accounting import PARTS
 from harness.report.document import Section, Table, file_name
 from harness.report.study import Study
 from harness.report.tables import memory, percent
+from harness.slurm.accounting import PARTS
 
 WORDS = {"busy": "busy", "test": "test", "idle": "idle GPUs", "outside": "start and end of jobs",
          "lost": "lost attempts"}  # fmt: skip
@@ -42,7 +42,7 @@ def _notes(accounts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for why, cells in Counter(found["missing"] for found in accounts.values() if "missing" in found).items():
         yield (
             f"{cells} cells ran in Slurm jobs, but are not in the table of Slurm's accounting: {why}. To ask again, "
-            "where sacct is: python -m harness.accounting RESULTS"
+            "where sacct is: python -m harness.slurm.accounting RESULTS"
         )
 
 

@@ -9,13 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.slurm_commands import Incarnation
-from harness import accounting
-from harness.accounting import PARTS, Attempt, Share, account, allocation, cgroup_usage, divide, main, use_of_slurm
 from harness.record import CellPaths, EventLog, read_events
 from harness.report import load_results
 from harness.report.__main__ import main as report_main
 from harness.report.overhead import section
 from harness.report.study import Study
+from harness.slurm import accounting
+from harness.slurm.accounting import (
+    PARTS,
+    Attempt,
+    Share,
+    account,
+    allocation,
+    cgroup_usage,
+    divide,
+    main,
+    use_of_slurm,
+)
 from tests.harness.fake_results import FakeCell, write_study
 
 BEGUN = 1_700_000_000  # unix seconds at which the first job began

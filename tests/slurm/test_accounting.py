@@ -7,8 +7,8 @@ import pytest
 
 from backends import slurm_commands
 from backends.slurm_commands import SlurmError
-from harness.accounting import account
 from harness.ownership import given_up_by_slurm, own_slurm
+from harness.slurm.accounting import account
 from tests.backends.conftest import wait_until
 from tests.conftest import ROOT, read_lines
 

@@ -180,7 +180,9 @@ def test_workers_cannot_start(start, tmp_path):
 
 def test_workers_that_cannot_reach_the_driver_say_so(start, monkeypatch):
     monkeypatch.setattr(slurm, "CONNECT_SECONDS", 1.0)
-    monkeypatch.setattr(slurm, "_advertised", lambda host, port: [host, 9])  # the discard port: nobody answers
+    write = slurm._write_order
+    unreachable = {"address": ["localhost", 9]}  # the discard port: nobody answers
+    monkeypatch.setattr(slurm, "_write_order", lambda folder, order, setup: write(folder, order | unreachable, setup))
     with pytest.raises(PoolError, match=r"cannot reach the driver at .* port 9: .*backend.host and backend.port"):
         start("count", n_workers=2)
 

@@ -27,8 +27,8 @@ from typing import Any
 import orjson
 
 from backends.context import UserError
-from harness.record import CellPaths, EventLog, write_json
-from harness.snapshot import copy_code, environment
+from harness.record import EventLog, write_json
+from harness.slurm.snapshot import copy_code, environment
 from harness.sweep import Cell, Plan
 
 REPORT = "report"  # in the place of a first cell: the job that makes the report
@@ -126,20 +126,9 @@ def of_comment(comment: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def study(plan: Plan) -> Path:
-    """The absolute path of ``results/<name>``."""
-    config = plan.cells[0].config
-    return Path(os.path.abspath(config["results_dir"])) / config["name"]
-
-
 def of_study(root: Path) -> list[Submission]:
     """Those of the study at ``root``, oldest first; ones that were never written whole are left out."""
     return [Submission(plan.parent) for plan in sorted((root / ".slurm").glob("*/plan.json"))]
-
-
-def paths(cell: Cell) -> CellPaths:
-    """A cell's files."""
-    return CellPaths(Path(os.path.abspath(cell.config["results_dir"])), cell.config["name"], cell.folder)
 
 
 def create(plan: Plan, cells: Sequence[Cell], launch: Mapping[str, Any], kill_wait: float) -> Submission:
@@ -147,7 +136,7 @@ def create(plan: Plan, cells: Sequence[Cell], launch: Mapping[str, Any], kill_wa
 
     Errors: UserError if it cannot be written; then nothing is left of it.
     """
-    root = study(plan)
+    root = plan.root
     if ":" in str(root):
         raise UserError(f"results_dir={root.parent}: a path with a colon cannot be on PYTHONPATH; choose another one")
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

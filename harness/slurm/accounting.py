@@ -1,4 +1,4 @@
-"""Slurm's account of each cell beside our own clocks': ``python -m harness.accounting results/NAME``.
+"""Slurm's account of each cell beside our own clocks': ``python -m harness.slurm.accounting results/NAME``.
 
 The events of a cell name the Slurm jobs that worked for it: the one its driver ran in (``slurm`` in an open event) and
 those of its workers. What Slurm charges for one run of a job is its elapsed time times its GPUs, used or not. Of that
@@ -354,7 +354,7 @@ def _shares(uses: Sequence[Use], runs: Runs) -> dict[tuple[str, int], dict[str, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Account for a results folder, print a line a cell, and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m harness.accounting",
+        prog="python -m harness.slurm.accounting",
         description="Write slurm.json (Slurm's GPU-hours beside ours) for the cells that ran in Slurm jobs which have "
         "ended, and print them. To be run where sacct is.",
     )

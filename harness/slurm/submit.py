@@ -3,8 +3,8 @@
     python -m harness scheduler=asha,pasha ohgw=off,on seed=0..49 launch=slurm
 
 submits what is neither finished nor in the queue, waits and prints the summary; ``launch.watch=false`` only submits.
-``harness/submissions.py`` is what it leaves on disk, ``harness/slurm_status.py`` looks how the cells stand, and
-``harness/array_task.py`` runs in the jobs.
+``harness/slurm/submissions.py`` is what it leaves on disk, ``harness/slurm/status.py`` looks how the cells stand, and
+``harness/slurm/array_task.py`` runs in the jobs.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from backends import slurm_commands
 from backends.context import UserError
 from backends.slurm_commands import Resources, SlurmError
-from harness import submissions
 from harness.ownership import CellBusy, cell_lock
-from harness.slurm_status import Board, as_json, counted, watch
-from harness.submissions import REPORT, Submission
+from harness.slurm import submissions
+from harness.slurm.status import Board, as_json, counted, watch
+from harness.slurm.submissions import REPORT, Submission
 from harness.sweep import Cell, Plan
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -85,7 +85,7 @@ def submit(plan: Plan, say: Say) -> Submission | None:
 
     Errors: UserError, with nothing submitted. Where Slurm takes only a part, it says so.
     """
-    root = submissions.study(plan)
+    root = plan.root
     try:
         with cell_lock(root / ".slurm" / "submit.lock"):
             return _submit(plan, say)
@@ -255,8 +255,7 @@ def _job_options(submission: Submission, first: int | str, log: str, after: Sequ
 
 def resources(launch: Mapping[str, Any], *, driver: bool = False) -> Resources:
     """What a cell's job asks for; a ``driver`` trains nothing itself."""
-    wanted = {name.name: launch[name.name] for name in fields(Resources)}
-    return Resources(**(wanted | ({"gres": None, "exclusive": False} if driver else {})))
+    return Resources.of(launch, **({"gres": None, "exclusive": False} if driver else {}))
 
 
 def _submit_report(submission: Submission, launch: Mapping[str, Any], jobs: Sequence[str], say: Say) -> None:

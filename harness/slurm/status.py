@@ -3,8 +3,6 @@
 A task that ends says why (``status/<cell>.json``); where it could not, Slurm knows (TIMEOUT, OUT_OF_MEMORY, NODE_FAIL).
 """
 
-import contextlib
-import fcntl
 import json
 import time
 from collections import Counter
@@ -15,9 +13,10 @@ from typing import Any
 
 from backends import slurm_commands
 from backends.slurm_commands import ACTIVE, HELD_BY_THE_SITE, Job, SlurmError
-from harness import submissions
-from harness.ownership import given_up_by_slurm
-from harness.submissions import REPORT, Submission
+from harness.ownership import shown_holder
+from harness.record import CellPaths
+from harness.slurm import submissions
+from harness.slurm.submissions import REPORT, Submission
 from harness.sweep import Cell, Plan, aligned
 
 NAMES = ("finished", "running", "pending", "failed", "interrupted", "not submitted")
@@ -52,7 +51,7 @@ class Board:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self._submissions = {s.name: s for s in submissions.of_study(submissions.study(plan))}
+        self._submissions = {s.name: s for s in submissions.of_study(plan.root)}
         self._places: dict[str, _Place] = {}  # by the cell's identity, in the latest submission that has it
         self._ended: dict[str, tuple[str, str]] = {}  # by task, what Slurm's accounting said
         for submission in self._submissions.values():
@@ -99,7 +98,7 @@ class Board:
 
     def _jobs(self) -> dict[str, Job]:
         """By task, if there is a cell that is not finished and may have one."""
-        if not self._submissions or all(submissions.paths(cell).finished for cell in self.plan.cells):
+        if not self._submissions or all(CellPaths.of_cell(cell).finished for cell in self.plan.cells):
             return {}
         found = {}
         for submission, number, job in self._ours(slurm_commands.jobs()):
@@ -124,7 +123,7 @@ class Board:
                 yield self._submissions[named[0]], int(named[1]) + int(task), job
 
     def _state(self, cell: Cell, jobs: Mapping[str, Job], locks: bool) -> State:
-        place, paths = self._places.get(cell.identity), submissions.paths(cell)
+        place, paths = self._places.get(cell.identity), CellPaths.of_cell(cell)
         job = jobs.get(place.task) if place else None
         if place and job and job.state == "PENDING":
             return State(cell, "pending", job.reason, place.task)
@@ -133,8 +132,8 @@ class Board:
         log = place.submission.log(place.task) if place else None
         if place and job and job.active:
             return State(cell, "running", _where(job), place.task, log)
-        if locks and (holder := _holder(paths.lock)):
-            return State(cell, "running", holder)
+        if locks and (holder := shown_holder(paths.lock)):
+            return State(cell, "running", f"{holder}, no task of this study")
         if place is None:
             return State(cell, "interrupted" if paths.events.exists() else "not submitted")
         return State(cell, *self._end(place, job), place.task, log)
@@ -162,23 +161,6 @@ class Board:
 def _where(job: Job) -> str:
     since = f" since {time.strftime('%d %b %H:%M', time.localtime(job.begin))}" if job.begin else ""
     return f"on {job.node}{since}" if job.node else job.state.lower()
-
-
-def _holder(lock: Path) -> str:
-    """Who runs the cell, "" if nobody does, or one that Slurm has given up."""
-    with contextlib.suppress(FileNotFoundError), open(lock, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            try:
-                holder = json.loads(file.read())
-                with contextlib.suppress(SlurmError):
-                    if given_up_by_slurm(holder):
-                        return ""
-                return f"process {holder['pid']} on {holder['host']}, no task of this study"
-            except (ValueError, KeyError, TypeError):
-                return "another process, no task of this study"
-    return ""
 
 
 def _accounted(task: str, log: Path, ever_ran: bool) -> tuple[str, str]:
@@ -252,7 +234,7 @@ def print_status(plan: Plan, json_output: bool) -> None:
         rows.append((cell.task, cell.scheduler, cell.variant, str(cell.seed), state.name, state.task, why))
     for line in aligned(rows):
         print(line)
-    root = submissions.study(plan)
+    root = plan.root
     print(f"\n{len(states)} cells ({counted(states)}) in {root}")
     if not any(state.task for state in states):
         others = "other cells of it were" if submissions.of_study(root) else "nothing of this study was"

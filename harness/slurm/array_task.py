@@ -1,4 +1,4 @@
-"""Inside of a task of a job array: ``python -m harness.array_task SUBMISSION FIRST`` runs one cell of a submission.
+"""Inside of a task of a job array: ``python -m harness.slurm.array_task SUBMISSION FIRST`` runs one of its cells.
 
 The cell is number FIRST + SLURM_ARRAY_TASK_ID of the plan. Shortly before the time limit Slurm sends launch.signal: the
 trials checkpoint, the record is closed, and the job goes back into the queue. On SIGTERM it does the same, faster; but
@@ -23,8 +23,8 @@ from backends.slurm_commands import SlurmError
 from harness.leaving import Notice, leaving_on
 from harness.ownership import own_slurm
 from harness.record import write_json
-from harness.snapshot import check_environment
-from harness.submissions import Submission
+from harness.slurm.snapshot import check_environment
+from harness.slurm.submissions import Submission
 
 EXIT_CODES = {"finished": 0, "failed": 1, "elsewhere": 3, "interrupted": 130}
 EXIT_WRONG = 2

@@ -14,12 +14,14 @@ import pytest
 from backends import slurm_commands
 from backends.context import UserError
 from backends.slurm_commands import Incarnation, Job, SlurmError, gpu_count
-from harness import slurm_sweep, snapshot, submissions
 from harness.leaving import Leaving, leaving_on
 from harness.ownership import cell_lock
-from harness.slurm_status import Board, counted, watch
-from harness.slurm_sweep import array_options, resources
-from harness.submissions import Submission
+from harness.record import CellPaths
+from harness.slurm import snapshot, submissions
+from harness.slurm import submit as slurm_submit
+from harness.slurm.status import Board, counted, watch
+from harness.slurm.submissions import Submission
+from harness.slurm.submit import array_options, resources
 from harness.sweep import make_plan
 from tests.conftest import ROOT
 
@@ -148,7 +150,7 @@ def test_inside_of_a_job_what_is_not_set_is_as_there(monkeypatch):
         monkeypatch.setenv(f"SLURM_JOB_{key}", value)
 
     def completed(*words):
-        return [slurm_sweep._completed(launch(*words))[key] for key in ("partition", "account", "qos")]
+        return [slurm_submit._completed(launch(*words))[key] for key in ("partition", "account", "qos")]
 
     assert completed() == ["day", "us", "high"]
     assert completed("launch.partition=night") == ["night", "us", None]
@@ -187,7 +189,7 @@ def slurm(monkeypatch, tmp_path):
 
 
 def submit(*words, said=None):
-    return slurm_sweep.submit(make_plan(["launch=slurm", *words]), (said if said is not None else []).append)
+    return slurm_submit.submit(make_plan(["launch=slurm", *words]), (said if said is not None else []).append)
 
 
 def test_many_cells_are_split_into_arrays_one_after_the_other_where_there_is_a_limit(slurm):
@@ -333,7 +335,7 @@ def one_cell(slurm):
     plan = make_plan(["launch=slurm", "seed=0"])
 
     class OneCell:
-        paths = submissions.paths(plan.cells[0])
+        paths = CellPaths.of_cell(plan.cells[0])
         log = submission.log("101_0")
         jobs = submission.jobs
         ours = submission.comment(0)
@@ -438,7 +440,7 @@ def test_watching_survives_a_controller_that_is_down(one_cell, monkeypatch):
 
     board = one_cell.board()
     monkeypatch.setattr(slurm_commands, "jobs", jobs)
-    monkeypatch.setattr("harness.slurm_status.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("harness.slurm.status.time.sleep", lambda seconds: None)
     said: list[str] = []
     assert counted(watch(board, said.append)) == "1 interrupted"
     assert "Unable to contact slurm controller; running jobs are not affected" in said[0]
@@ -480,7 +482,7 @@ def test_the_first_signal_ends_the_work_later_ones_do_not_disturb_the_end():
 
 
 def test_a_task_outside_of_an_array_says_so(harness):
-    done = harness("/nowhere", "0", module="harness.array_task")
+    done = harness("/nowhere", "0", module="harness.slurm.array_task")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: this runs in a task of a job array")
 
