@@ -70,10 +70,19 @@ def test_workers_go_with_their_owner(tmp_path, end):
 
 def test_ctrl_c_reaches_the_driver_only(tmp_path):
     """Ctrl-C goes to the whole foreground group; workers are not in it, and ignore it anyway."""
-    end = "\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('alive', b.busy_trial_ids(), flush=True)"
+    end = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+try:
+    print("ready", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("alive", b.busy_trial_ids(), flush=True)
+"""
     driver = start(tmp_path, local=False, end=end)
     assert driver.stdout is not None
     pids = [int(pid) for pid in driver.stdout.readline().split()]
+    assert driver.stdout.readline() == "ready\n", driver.communicate()[1]
     for pid in [*pids[::2], driver.pid]:
         os.kill(pid, signal.SIGINT)
     assert driver.communicate(timeout=20)[0] == "alive [(0, 'InProgress'), (1, 'InProgress')]\n"
