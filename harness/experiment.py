@@ -7,10 +7,11 @@ again, and so does one in virtual time: its trials are in the curve store, and i
 
 import contextlib
 import logging
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,12 @@ def _attempt(
     with ownership.guarded():
         _take_models(paths, files_of)
         log, trials = EventLog(paths.events), _TrialsLog(paths, events)
+        models = _BestModel(_models_of(paths, files_of), cell.config, events)
         decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
 
     def recorded(event: dict[str, Any]) -> None:
         trials.event(event)
+        models.event(event)
         on_event(recorder, event)
 
     recorder = Recorder(
@@ -310,6 +313,28 @@ class _TrialsLog:
 
     def close(self) -> None:
         self._log.close()
+
+
+class _BestModel:
+    """With ``save_model=best``, deletes saved models that cannot be the incumbent's any more. Trials delete none: they
+    train on while the driver decides, and do not know which of their epochs will be in the record."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], events: Iterable[dict[str, Any]]):
+        self._folder, self._active = folder, config["save_model"] == "best"
+        self._sign = 1 if config["task"]["mode"] == "max" else -1
+        self._score, self._incumbent = -math.inf, Path()
+        for event in events:
+            self.event(event)
+
+    def event(self, event: dict[str, Any]) -> None:
+        if not self._active or event["e"] != "report":
+            return
+        loser = self._folder / f"{event['trial']}-{event['result']['epoch']}.pt"
+        score = self._sign * event["result"]["validation_score"]
+        if score > self._score:  # as in the summary, the first of equals
+            self._score, self._incumbent, loser = score, loser, self._incumbent
+        if loser.name:
+            loser.unlink(missing_ok=True)
 
 
 class _DecisionLog:

@@ -8,8 +8,8 @@ once.
 ``ctx.settings``: ``task`` (the YAML's entry), ``ohgw`` (fields of ``harness.ohgw.Settings``; estimator "off": none),
 ``max_resource_attr`` (the configuration's key for the milestone), ``checkpoint_seconds`` (between checkpoints, besides
 those at milestones), ``model_dir`` (folder for models; absent or null: none are kept) and ``save_model``: a model is
-``<model_dir>/<trial>-<epoch>.pt``, the weights at the trial's best epochs so far (``best``; the driver keeps the
-incumbent's when the cell ends) or at its last milestone (``all``).
+``<model_dir>/<trial>-<epoch>.pt``, the weights at each of the trial's best epochs so far (``best``; the driver deletes
+all but the incumbent's as it gets to know their reports) or at its last milestone (``all``).
 
 Not charged to anything: the part of an epoch that a stop cuts off, and what a killed worker had done since its last
 report or checkpoint; both are repeated work or work nobody asked for.
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from harness.ohgw import WarmStart
 
 CHECKPOINT_SECONDS = 5.0  # lost at most when a worker dies; a checkpoint takes milliseconds
-OVERRUN = 5  # best models kept of a trial: it trains on while the driver decides, and the incumbent's must survive that
 SAMPLE = 4  # images on which a warm start's FLOPs are counted
 # the state of a trial that has not begun; ``best``: its best validation score so far
 NOTHING: dict[str, Any] = {"run": None, "warm_start": None, "report": None, "busy": {}, "best": None}
@@ -111,8 +110,9 @@ def train(ctx: TrialContext, clock: "Clock", unreported: dict[str, Any]) -> None
         due = time.perf_counter() - saved_at >= settings.get("checkpoint_seconds", CHECKPOINT_SECONDS)
         with clock.charging("checkpoint"):
             if wanted(settings, improved, at_milestone):
-                keep = OVERRUN if settings.get("save_model") == "best" else 1
-                save_model(Path(settings["model_dir"]), ctx.trial_id, moved(x, record), training, report, keep)
+                save_model(Path(settings["model_dir"]), ctx.trial_id, moved(x, record), training, report)
+                if settings.get("save_model") != "best":
+                    drop_older_models(Path(settings["model_dir"]), ctx.trial_id, training.epoch)
             if at_milestone or leaving or due:
                 resent = {**report, "busy": dict(clock.seconds)}
                 run = training.state_dict()
@@ -207,18 +207,22 @@ def moved(x: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, A
 
 
 def save_model(
-    folder: Path, trial_id: int, config: Mapping[str, Any], training: Run, report: Mapping[str, Any], keep: int
+    folder: Path, trial_id: int, config: Mapping[str, Any], training: Run, report: Mapping[str, Any]
 ) -> None:
-    """Write ``<trial>-<epoch>.pt`` (weights, configuration, scores) atomically and delete all but the trial's ``keep``
-    newest. Read it with ``torch.load(path, weights_only=True)``."""
+    """Write ``<trial>-<epoch>.pt`` (weights, configuration, scores) atomically. Read it with
+    ``torch.load(path, weights_only=True)``."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {key: report[key] for key in ("epoch", "validation_score", "test_score")}
     path = folder / f"{trial_id}-{report['epoch']}.pt"
     temporary = path.with_suffix(".tmp")
     torch.save({"config": dict(config), **scores, "run": training.state_dict()}, temporary)
     os.replace(temporary, path)
-    for old in sorted(folder.glob(f"{trial_id}-*.pt"), key=lambda file: int(file.stem.partition("-")[2]))[:-keep]:
-        old.unlink()
+
+
+def drop_older_models(folder: Path, trial_id: int, epoch: int) -> None:
+    for file in folder.glob(f"{trial_id}-*.pt"):
+        if file.stem != f"{trial_id}-{epoch}":
+            file.unlink()
 
 
 class Clock:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.experiment import _BestModel
 from harness.recorder import Recorder
 from harness.runner import run_sweep
 from harness.sweep import Cell, Plan, make_plan
@@ -150,6 +151,27 @@ def test_the_incumbents_model_is_kept_at_its_best_epoch(scheduler, tmp_path, har
     (model,) = (cell / "models").glob("*.pt")
     assert model.stem == f"{best['trial']}-{best['epoch']}"
     assert torch.load(model, weights_only=True)["epoch"] == best["epoch"]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_only_models_that_may_be_the_incumbents_are_kept(mode, tmp_path):
+    files = [tmp_path / f"{trial}-{epoch}.pt" for trial in (0, 1) for epoch in (1, 2, 3)]
+    for file in files:
+        file.touch()
+
+    def report(trial: int, epoch: int, score: float) -> dict[str, Any]:
+        score = score if mode == "max" else -score
+        return {"e": "report", "trial": trial, "result": {"epoch": epoch, "validation_score": score}}
+
+    config = {"save_model": "best", "task": {"mode": mode}}
+    models = _BestModel(tmp_path, config, [{"e": "start", "trial": 0}, report(0, 1, 0.5), report(1, 1, 0.7)])
+    left = [["0-2", "0-3", "1-1", "1-2", "1-3"]]
+    for event in (report(0, 2, 0.7), report(1, 2, math.nan), report(0, 3, 0.8)):
+        models.event(event)
+        left.append(sorted(file.stem for file in tmp_path.glob("*.pt")))
+    assert left[1:] == [["0-3", "1-1", "1-2", "1-3"], ["0-3", "1-1", "1-3"], ["0-3", "1-3"]]
+    models.event(report(1, 3, 0.9))
+    assert [file.stem for file in tmp_path.glob("*.pt")] == ["1-3"]
 
 
 def with_task(words: list[str], target: str, tmp_path: Path) -> Plan:

@@ -221,6 +221,14 @@ def test_models_are_written_at_milestones_when_asked_for(attempt, tmp_path):
     assert not list((tmp_path / "models").glob("*.tmp"))
 
 
+def test_every_best_model_is_kept_until_the_driver_knows_which_epoch_counts(attempt, tmp_path):
+    reports = attempt(epochs=9, model_dir=str(tmp_path / "models"), save_model="best").reports
+    scores = [report["validation_score"] for report in reports]
+    improved = [epoch for epoch, score in enumerate(scores, 1) if score > max(scores[: epoch - 1], default=-1)]
+    assert len(improved) > 2
+    assert sorted(int(file.stem.partition("-")[2]) for file in (tmp_path / "models").glob("*.pt")) == improved
+
+
 def test_a_reused_process_gives_what_a_fresh_one_gives(attempt, tmp_path):
     attempt({"estimator": "off"}, epochs=1, folder="before", config={"lr": 0.5})
     reused = attempt(ON, epochs=2, folder="reused").reports
