@@ -7,11 +7,10 @@ again, and so does one in virtual time: its trials are in the curve store, and i
 
 import contextlib
 import logging
-import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,12 +141,13 @@ def _attempt(
     with ownership.guarded():
         _take_models(paths, files_of)
         log, trials = EventLog(paths.events), _TrialsLog(paths, events)
-        models = _BestModel(_models_of(paths, files_of), cell.config, events)
+        models = _BestModel(_models_of(paths, files_of))
         decisions = _DecisionLog(paths, virtual if cell.config["backend"].get("charge_decisions") else None)
 
     def recorded(event: dict[str, Any]) -> None:
         trials.event(event)
-        models.event(event)
+        if cell.config["save_model"] == "best" and event["e"] == "report":
+            models.reported(event["trial"], event["result"]["epoch"], recorder.progress.incumbent)
         on_event(recorder, event)
 
     recorder = Recorder(
@@ -316,25 +316,18 @@ class _TrialsLog:
 
 
 class _BestModel:
-    """With ``save_model=best``, deletes saved models that cannot be the incumbent's any more. Trials delete none: they
-    train on while the driver decides, and do not know which of their epochs will be in the record."""
+    """With ``save_model=best``, deletes saved models as others beat them. Trials delete none: they train on while the
+    driver decides, and do not know which of their epochs will be in the record."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], events: Iterable[dict[str, Any]]):
-        self._folder, self._active = folder, config["save_model"] == "best"
-        self._sign = 1 if config["task"]["mode"] == "max" else -1
-        self._score, self._incumbent = -math.inf, Path()
-        for event in events:
-            self.event(event)
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._kept: tuple[int, int] | None = None
 
-    def event(self, event: dict[str, Any]) -> None:
-        if not self._active or event["e"] != "report":
-            return
-        loser = self._folder / f"{event['trial']}-{event['result']['epoch']}.pt"
-        score = self._sign * event["result"]["validation_score"]
-        if score > self._score:  # as in the summary, the first of equals
-            self._score, self._incumbent, loser = score, loser, self._incumbent
-        if loser.name:
-            loser.unlink(missing_ok=True)
+    def reported(self, trial: int, epoch: int, incumbent: tuple[int, int] | None) -> None:
+        """The driver got to know of this epoch; ``incumbent``: trial and epoch of the best one now."""
+        for loser in {(trial, epoch), self._kept or (trial, epoch)} - {incumbent}:
+            _model_file(self._folder, loser).unlink(missing_ok=True)
+        self._kept = incumbent
 
 
 class _DecisionLog:
@@ -446,10 +439,17 @@ def _collect_models(paths: CellPaths, run: int) -> None:
 
 
 def _keep_best_model(paths: CellPaths, summary: dict[str, Any]) -> None:
-    best = summary["incumbent"] or {"trial": None, "epoch": None}
-    for file in Path(paths.models).glob("*.pt"):
-        if file.stem != f"{best['trial']}-{best['epoch']}":
+    best = summary["incumbent"]
+    kept = best and _model_file(paths.models, (best["trial"], best["epoch"]))
+    for file in paths.models.glob("*.pt"):
+        if file != kept:
             file.unlink()
+
+
+def _model_file(folder: Path, trial_and_epoch: tuple[int, int]) -> Path:
+    """As ``harness.trial.save_model`` names it."""
+    trial, epoch = trial_and_epoch
+    return folder / f"{trial}-{epoch}.pt"
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class Progress:
     epochs: int = 0
     gpu_seconds: float = 0.0
     best: float | None = None
+    incumbent: tuple[int, int] | None = None  # trial and epoch of ``best``, the first of equals
     failures: int = 0
     barren: int = 0  # failures since the last report: a trial function that always fails must not spin for ever
     exhausted: str | None = None  # why no further trial will be started
@@ -78,7 +79,7 @@ class Progress:
             self.trials[trial].config = dict(event["config"])
             self.trials[trial].status = Status.in_progress
         elif kind == "report":
-            self._report(self.trials[trial], event, mode)
+            self._report(trial, event, mode)
         elif kind == "error":
             self.trials[trial].status = Status.failed
             self.failures += 1
@@ -89,8 +90,8 @@ class Progress:
         elif kind == "none":
             self.exhausted = event["why"]
 
-    def _report(self, trial: TrialState, event: Mapping[str, Any], mode: str) -> None:
-        result = event["result"]
+    def _report(self, trial_id: int, event: Mapping[str, Any], mode: str) -> None:
+        trial, result = self.trials[trial_id], event["result"]
         trial.results.append(dict(result))
         trial.status = {"PAUSE": Status.paused, "STOP": Status.stopped}.get(event["decision"], Status.in_progress)
         self.epochs += 1
@@ -98,7 +99,7 @@ class Progress:
         self._charge(result)
         score = result["validation_score"]
         if math.isfinite(score) and (self.best is None or (score > self.best if mode == "max" else score < self.best)):
-            self.best = score
+            self.best, self.incumbent = score, (trial_id, result["epoch"])
 
     def _charge(self, spent: Mapping[str, Any]) -> None:
         self.gpu_seconds += sum(s for kind, s in spent.get("busy", {}).items() if kind not in NOT_GPU_TIME)

@@ -220,6 +220,7 @@ def save_model(
 
 
 def drop_older_models(folder: Path, trial_id: int, epoch: int) -> None:
+    """Delete all models of the trial but that of ``epoch``."""
     for file in folder.glob(f"{trial_id}-*.pt"):
         if file.stem != f"{trial_id}-{epoch}":
             file.unlink()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.experiment import _BestModel
-from harness.recorder import Recorder
+from harness.recorder import Progress, Recorder
 from harness.runner import run_sweep
 from harness.sweep import Cell, Plan, make_plan
 from tests.conftest import read_lines
@@ -159,19 +159,23 @@ def test_only_models_that_may_be_the_incumbents_are_kept(mode, tmp_path):
     for file in files:
         file.touch()
 
-    def report(trial: int, epoch: int, score: float) -> dict[str, Any]:
-        score = score if mode == "max" else -score
-        return {"e": "report", "trial": trial, "result": {"epoch": epoch, "validation_score": score}}
+    progress, models = Progress(), _BestModel(tmp_path)
+    for trial in (0, 1):
+        progress.apply({"e": "start", "trial": trial, "config": {}}, mode)
 
-    config = {"save_model": "best", "task": {"mode": mode}}
-    models = _BestModel(tmp_path, config, [{"e": "start", "trial": 0}, report(0, 1, 0.5), report(1, 1, 0.7)])
-    left = [["0-2", "0-3", "1-1", "1-2", "1-3"]]
-    for event in (report(0, 2, 0.7), report(1, 2, math.nan), report(0, 3, 0.8)):
-        models.event(event)
-        left.append(sorted(file.stem for file in tmp_path.glob("*.pt")))
-    assert left[1:] == [["0-3", "1-1", "1-2", "1-3"], ["0-3", "1-1", "1-3"], ["0-3", "1-3"]]
-    models.event(report(1, 3, 0.9))
-    assert [file.stem for file in tmp_path.glob("*.pt")] == ["1-3"]
+    def report(trial: int, epoch: int, score: float) -> list[str]:
+        """The models left after the report."""
+        result = {"epoch": epoch, "validation_score": score if mode == "max" else -score}
+        progress.apply({"e": "report", "trial": trial, "decision": "CONTINUE", "result": result}, mode)
+        models.reported(trial, epoch, progress.incumbent)
+        return sorted(file.stem for file in tmp_path.glob("*.pt"))
+
+    assert report(0, 1, 0.5) == ["0-1", "0-2", "0-3", "1-1", "1-2", "1-3"]
+    assert report(1, 1, 0.7) == ["0-2", "0-3", "1-1", "1-2", "1-3"]
+    assert report(0, 2, 0.7) == ["0-3", "1-1", "1-2", "1-3"]
+    assert report(1, 2, math.nan) == ["0-3", "1-1", "1-3"]
+    assert report(0, 3, 0.8) == ["0-3", "1-3"]
+    assert report(1, 3, 0.9) == ["1-3"]
 
 
 def with_task(words: list[str], target: str, tmp_path: Path) -> Plan:
