@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from harness.ohgw.estimators import Estimate as Estimate
     from harness.ohgw.estimators import MissingGradient as MissingGradient
     from harness.ohgw.estimators import Net as Net
+    from harness.ohgw.estimators import Objective as Objective
     from harness.ohgw.estimators import Problem as Problem
     from harness.ohgw.estimators import UpdateRule as UpdateRule
     from harness.ohgw.estimators import direct as direct
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cost": ("count_flops", "peak_memory"),
     "estimators": (
-        *("Batch", "Estimate", "MissingGradient", "Net", "Problem", "UpdateRule"),
+        *("Batch", "Estimate", "MissingGradient", "Net", "Objective", "Problem", "UpdateRule"),
         *("direct", "direct_objective", "finite_difference", "lookahead", "lookahead_objective"),
     ),
     "one_shot": ("WarmStart", "warm_start"),

@@ -9,7 +9,21 @@ augmentation, ...); g = d train_loss(theta0; B, z) / d theta; u = g + wd * theta
                           treated as one impulse, its decay term included once: an approximation)
     s = lr, lr * (1 + mu) momentum "first_step": the optimiser's first step, heavy-ball or Nesterov
 
-With q = dF/dtheta1:   dF/dlr = -ds/dlr <q,u>,  dF/dmu = -ds/dmu <q,u>,  dF/dwd = -s <q,theta0>,  dF/dz = -s <q,dg/dz>.
+u follows the trial's optimiser (``UpdateRule``), P being a clip of the global gradient norm if there is one:
+
+    sgd     u = P(g) + wd * theta0
+    adam    u = p / (rms(p) + eps) with p = P(g) + wd * theta0
+    adamw   u = P(g) / (rms(P(g)) + eps) + wd * theta0
+
+rms is the root mean square over each weight tensor. Adam's own second moment after one gradient is g*g element by
+element, which makes the first update lr * sign(g): every z would have a zero derivative almost everywhere. What the
+trial really divides by is a running mean over many batches; its mean over the tensor is the estimate that one gradient
+gives. It is differentiated through. Under Adam one gradient moves the weights by lr * u in total whatever beta1 is (the
+weights (1-beta1) beta1^k of the moving average sum to 1), so that s = lr, the momentum (beta1) has the derivative 0,
+and a clip matters only as far as eps does.
+
+With q = dF/dtheta1:   dF/dlr = -ds/dlr <q,u>,  dF/dmu = -ds/dmu <q,u>,  dF/dwd = -s <q,theta0>,  dF/dz = -s <q,dg/dz>
+(where u is not linear in g, q gives way to (du/dg)^T q in the last, and for adam's wd in the one before it).
 The mixed derivative is reverse over reverse: for a z that enters the loss linearly d/dtheta of dL/dz (the network is
 traversed once), for others d/dz of <q,g>. Forward mode is avoided: through native batch normalisation it takes the
 batch statistics for constants (torch 2.13).
@@ -23,7 +37,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +49,9 @@ from harness.ohgw.settings import Momentum
 
 Net = Callable[..., Tensor]
 Batch = Any
+Kind = Literal["sgd", "adam", "adamw"]
+Tensors = Mapping[str, Tensor]  # by the name of the weight
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
 
 class MissingGradient(RuntimeError):
@@ -43,26 +60,29 @@ class MissingGradient(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The optimiser's update: SGD with weight decay in the gradient and (Nesterov or heavy-ball) momentum.
+    """The optimiser's update; ``kind`` as in the module's docstring, those of ``torch.optim.SGD``, ``Adam``, ``AdamW``.
 
-    ``lr``, ``wd``, ``momentum`` are names of hyperparameters or constants; wd and momentum named but absent from a
-    configuration are 0, an absent lr is a KeyError.
+    ``lr``, ``wd``, ``momentum`` (under Adam beta1) and ``clip`` (largest global norm of the gradient, as
+    ``torch.nn.utils.clip_grad_norm_`` enforces it) are values or names of hyperparameters or constants; wd and momentum
+    named but absent from a configuration are 0, an absent clip is none, an absent lr is a KeyError. ``eps``: Adam's.
     """
 
-    kind: Literal["sgd"] = "sgd"
+    kind: Kind = "sgd"
     nesterov: bool = False
     lr: str | float = "lr"
     wd: str | float = "wd"
     momentum: str | float = "momentum"
+    clip: str | float = math.inf
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.kind != "sgd":
-            raise ValueError(f"unknown update rule {self.kind!r}; possible: 'sgd'")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"unknown update rule {self.kind!r}; possible: {', '.join(get_args(Kind))}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The hyperparameters among lr, wd and momentum."""
-        return tuple(name for name in (self.lr, self.wd, self.momentum) if isinstance(name, str))
+        """The hyperparameters among lr, wd, momentum and clip."""
+        return tuple(name for name in (self.lr, self.wd, self.momentum, self.clip) if isinstance(name, str))
 
     def values(self, config: Mapping[str, Any]) -> tuple[float, float, float]:
         """(lr, wd, mu) in ``config``."""
@@ -70,8 +90,14 @@ class UpdateRule:
         wd, mu = (config.get(x, 0.0) if isinstance(x, str) else x for x in (self.wd, self.momentum))
         return float(lr), float(wd), float(mu)
 
+    def largest_norm(self, config: Mapping[str, Any]) -> float:
+        """The clip in ``config``, infinite if there is none."""
+        return float(config.get(self.clip, math.inf) if isinstance(self.clip, str) else self.clip)
+
     def gain(self, mu: float, momentum: Momentum) -> tuple[float, float]:
         """(c, dc/dmu) where the weights move by lr * c * u."""
+        if self.kind != "sgd":
+            return 1.0, 0.0
         if momentum == "first_step":
             return (1.0 + mu, 1.0) if self.nesterov else (1.0, 0.0)
         return (1.0 / (1.0 - mu), 1.0 / (1.0 - mu) ** 2) if mu < 1.0 else (math.inf, math.inf)
@@ -100,6 +126,11 @@ class Problem:
     finite: tuple[str, ...] = ()
     """Hyperparameters the training loss reads from z but has no gradient in: finite differences are taken. A
     hyperparameter that is in none of these and not in ``update`` stays frozen."""
+    h: float | None = None
+    """Half the distance of two points of a finite difference, in unit coordinates; None: by the precision."""
+    average: Callable[[list[Tensor]], None] | None = None
+    """Of a trial on several processes, each with its share of a batch: replaces the tensors by their means over them,
+    in place. All processes must then call the same functions."""
 
     @property
     def movable(self) -> tuple[str, ...]:
@@ -117,6 +148,25 @@ class Problem:
     @property
     def _parameter(self) -> Tensor:
         return next(p for p in self.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """For a trial without gradients (trees): F itself, of which central differences are taken whatever estimator is
+    asked for; the record says so. Integers and categoricals stay where they are, as always."""
+
+    value: Callable[[Mapping[str, Any], int], float]
+    """(configuration, step) -> F; with the same random numbers whenever asked for the same step."""
+    movable: tuple[str, ...]
+    """The hyperparameters to move."""
+    reason: str
+    """Why there is no gradient."""
+    h: float = 0.05
+    """Half the distance of the two points, in unit coordinates: F may be a step function."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -145,15 +195,17 @@ def lookahead(
     (that takes about twice the memory of a training step). Raises MissingGradient, or what autograd raises where an
     operation has no second derivative."""
     rule = problem.update
-    lr, wd, mu = rule.values(config)
+    lr, _, mu = rule.values(config)
     c, dc = rule.gain(mu, momentum)
-    u, q, loss = _update_and_probe(problem, config, batches, wd, lr * c)
-    decayed = {name: w for name, w in _weights(problem.model).items() if name in u and problem.decayed(name)}
-    q_u, q_theta0 = _inner(q, u), _inner(q, decayed)
+    g, u, q, loss = _update_and_probe(problem, config, batches, lr * c)
+    q_u = _inner(q, u)
     del u
-    slopes: dict[Any, float] = {rule.lr: -c * q_u, rule.momentum: -lr * dc * q_u, rule.wd: -lr * c * q_theta0}
+    pulled, wd_slope, clip_slope = _pulled_back(problem, config, g, q)
+    del g, q
+    slopes: dict[Any, float] = {rule.lr: -c * q_u, rule.momentum: -lr * dc * q_u}
+    slopes |= {rule.wd: -lr * c * wd_slope, rule.clip: -lr * c * clip_slope}
     z = [name for name in problem.differentiable if name in coordinates]
-    slopes |= {name: -lr * c * v for name, v in _mixed_derivatives(problem, config, batches[0], z, q).items()}
+    slopes |= {name: -lr * c * v for name, v in _mixed_derivatives(problem, config, batches[0], z, pulled).items()}
 
     def objective(trial: Mapping[str, Any]) -> float:
         return lookahead_objective(problem, trial, batches, momentum)
@@ -165,12 +217,12 @@ def lookahead_objective(
     problem: Problem, config: Mapping[str, Any], batches: tuple[Batch, Batch], momentum: Momentum = "impulse"
 ) -> float:
     """F: one update on ``batches[0]``, then the probe loss on ``batches[1]``."""
-    lr, wd, mu = problem.update.values(config)
-    u = _update(problem, config, batches[0], wd)
+    lr, _, mu = problem.update.values(config)
+    u = _direction(problem, config, _gradient(problem, config, batches[0]))
     theta1 = _moved(problem, u, lr * problem.update.gain(mu, momentum)[0])
     del u
     with _quiet(problem.model), torch.no_grad():
-        return problem.probe_loss(_net(problem.model, theta1), batches[1]).item()
+        return _average(problem, [problem.probe_loss(_net(problem.model, theta1), batches[1])])[0].item()
 
 
 def direct(
@@ -188,13 +240,13 @@ def direct(
         loss = problem.train_loss(_net(problem.model, weights), batches[0], z)
         if free:
             _require_path(loss, z, free)
-            grads = torch.autograd.grad(loss, [z[name] for name in free])
+            grads = _average(problem, list(torch.autograd.grad(loss, [z[name] for name in free])))
             slopes |= {name: grad.item() for name, grad in zip(free, grads, strict=True)}
 
     def objective(trial: Mapping[str, Any]) -> float:
         return direct_objective(problem, trial, batches)
 
-    value = loss.item() + rule.values(config)[1] * half_square
+    value = _average(problem, [loss.detach()])[0].item() + rule.values(config)[1] * half_square
     return Estimate(value, _in_psi(slopes, objective, config, coordinates, finite_step(problem)))
 
 
@@ -202,8 +254,8 @@ def direct_objective(problem: Problem, config: Mapping[str, Any], batches: tuple
     """train_loss(theta0; B, z) + wd/2 |theta0|^2 over the parameters that the optimiser decays."""
     with _quiet(problem.model), torch.no_grad():
         z = _hyperparameters(problem, config, [])
-        loss = problem.train_loss(_net(problem.model, _weights(problem.model)), batches[0], z).item()
-    return loss + problem.update.values(config)[1] * _half_square(problem)
+        loss = problem.train_loss(_net(problem.model, _weights(problem.model)), batches[0], z)
+    return _average(problem, [loss])[0].item() + problem.update.values(config)[1] * _half_square(problem)
 
 
 def finite_difference(
@@ -223,9 +275,9 @@ def finite_difference(
 
 
 def finite_step(problem: Problem) -> float:
-    """h of the finite differences, in unit coordinates: the cube root of the precision, which balances rounding against
-    truncation (4.9e-3 in fp32, 6.1e-6 in fp64)."""
-    return torch.finfo(problem.dtype).eps ** (1 / 3)
+    """h of the finite differences, in unit coordinates: the problem's own, or the cube root of the precision, which
+    balances rounding against truncation (4.9e-3 in fp32, 6.1e-6 in fp64)."""
+    return problem.h or torch.finfo(problem.dtype).eps ** (1 / 3)
 
 
 def _in_psi(
@@ -248,30 +300,98 @@ def _in_psi(
 
 
 def _update_and_probe(
-    problem: Problem, config: Mapping[str, Any], batches: tuple[Batch, Batch], wd: float, s: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """u, q = dF/dtheta1 (both for the weights that the update moves) and F at theta1 = theta0 - s*u."""
-    u = _update(problem, config, batches[0], wd)
+    problem: Problem, config: Mapping[str, Any], batches: tuple[Batch, Batch], s: float
+) -> tuple[Tensors, Tensors, Tensors, float]:
+    """g, u, q = dF/dtheta1 (all for the weights that the update moves) and F at theta1 = theta0 - s*u."""
+    g = _gradient(problem, config, batches[0])
+    u = _direction(problem, config, g)
     theta1 = _moved(problem, u, s)
     moved = {name: theta1[name].requires_grad_() for name in u}
     with _quiet(problem.model):
         loss = problem.probe_loss(_net(problem.model, theta1), batches[1])
         grads = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
-    return u, {name: g for name, g in zip(moved, grads, strict=True) if g is not None}, loss.item()
+    q = {name: grad for name, grad in zip(moved, grads, strict=True) if grad is not None}
+    *_, value = _average(problem, [*q.values(), loss.detach()])
+    return g, u, q, value.item()
 
 
-def _update(problem: Problem, config: Mapping[str, Any], batch: Batch, wd: float) -> dict[str, Tensor]:
-    """u = g + wd * theta0. As in torch.optim, a weight that the loss does not depend on is left out altogether."""
+def _gradient(problem: Problem, config: Mapping[str, Any], batch: Batch) -> Tensors:
+    """g. As in torch.optim, a weight that the loss does not depend on is left out altogether."""
     weights = _weights(problem.model)
     with _quiet(problem.model):
         loss = problem.train_loss(_net(problem.model, weights), batch, _hyperparameters(problem, config, []))
-        grads = list(torch.autograd.grad(loss, list(weights.values()), allow_unused=True))
-    u = {}
-    for name, w in weights.items():
-        g = grads.pop(0)
-        if g is not None:
-            u[name] = torch.add(g, w.detach(), alpha=wd) if wd and problem.decayed(name) else g
-    return u
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    g = {name: grad for name, grad in zip(weights, grads, strict=True) if grad is not None}
+    _average(problem, list(g.values()))
+    return g
+
+
+def _direction(problem: Problem, config: Mapping[str, Any], g: Tensors) -> Tensors:
+    """u, by the optimiser's rule."""
+    rule, weights = problem.update, dict(problem.model.named_parameters())
+    _, wd, _ = rule.values(config)
+    shrink = _shrink(g, rule.largest_norm(config))[0]
+
+    def decay(tensors: Tensors) -> Tensors:
+        decayed = {name for name in tensors if wd and problem.decayed(name)}
+        return {n: torch.add(t, weights[n].detach(), alpha=wd) if n in decayed else t for n, t in tensors.items()}
+
+    u = g if shrink == 1.0 else {name: shrink * t for name, t in g.items()}
+    if rule.kind == "sgd":
+        return decay(u)
+    if rule.kind == "adam":
+        u = decay(u)
+    u = {name: t / (_rms(t) + rule.eps) for name, t in u.items()}
+    return decay(u) if rule.kind == "adamw" else u
+
+
+def _pulled_back(problem: Problem, config: Mapping[str, Any], g: Tensors, q: Tensors) -> tuple[Tensors, float, float]:
+    """(du/dg)^T q, <q, du/dwd> and <q, du/dclip>."""
+    rule, weights = problem.update, _weights(problem.model)
+    _, wd, _ = rule.values(config)
+    largest = rule.largest_norm(config)
+    shrink, norm = _shrink(g, largest)
+    decayed = {name: weights[name] for name in q if problem.decayed(name)}
+    wd_slope = _inner(q, decayed)
+    if rule.kind != "sgd":
+        clipped = {name: shrink * g[name] for name in q}
+        if rule.kind == "adam":
+            clipped |= {n: torch.add(clipped[n], w.detach(), alpha=wd) for n, w in decayed.items() if wd}
+        q = {name: _through_rms(v, clipped[name], rule.eps) for name, v in q.items()}
+        wd_slope = _inner(q, decayed) if rule.kind == "adam" else wd_slope
+    if shrink == 1.0:
+        return q, wd_slope, 0.0
+    g_q = _inner(g, q)
+    factor = shrink * g_q / (norm * (norm + CLIP_EPS))
+    pulled = {name: torch.add(shrink * q[name] if name in q else 0.0 * t, t, alpha=-factor) for name, t in g.items()}
+    return pulled, wd_slope, g_q / (norm + CLIP_EPS)
+
+
+def _shrink(g: Tensors, largest: float) -> tuple[float, float]:
+    """What ``clip_grad_norm_`` multiplies g by, and the norm of g (0 if there is no clip and nobody asked)."""
+    if math.isinf(largest):
+        return 1.0, 0.0
+    norm = math.sqrt(_inner(g, g))
+    return min(1.0, largest / (norm + CLIP_EPS)), norm
+
+
+def _rms(t: Tensor) -> Tensor:
+    return t.square().mean().sqrt()
+
+
+def _through_rms(q: Tensor, p: Tensor, eps: float) -> Tensor:
+    """J^T q, J the Jacobian of p -> p / (rms(p) + eps)."""
+    rms = _rms(p)
+    scale = rms + eps
+    inner = (q * p).sum() / (p.numel() * rms * scale * scale)
+    return q / scale - torch.where(rms > 0, inner, torch.zeros_like(inner)) * p
+
+
+def _average(problem: Problem, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, averaged in place over the trial's processes if there are several."""
+    if problem.average is not None:
+        problem.average(tensors)
+    return tensors
 
 
 def _moved(problem: Problem, u: Mapping[str, Tensor], s: float) -> dict[str, Tensor]:
@@ -284,11 +404,22 @@ def _mixed_derivatives(
     problem: Problem, config: Mapping[str, Any], batch: Batch, names: Sequence[str], q: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """<q, dg/dz> for each z in ``names``."""
+    if not names:
+        return {}
     if set(names) <= set(problem.linear):
-        return {name: _mixed_linear(problem, config, batch, name, q) for name in names}
+        slopes = {name: _mixed_linear(problem, config, batch, name, q) for name in names}
+    else:
+        slopes = _mixed_general(problem, config, batch, names, q)
+    values = torch.tensor(list(slopes.values()), dtype=torch.float64)
+    return dict(zip(slopes, _average(problem, [values.to(problem.device)])[0].tolist(), strict=True))
+
+
+def _mixed_general(
+    problem: Problem, config: Mapping[str, Any], batch: Batch, names: Sequence[str], q: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """d/dz of <q, g>."""
     weights = _weights(problem.model)
-    # the fused attention kernels have no second derivative
-    with _quiet(problem.model), sdpa_kernel(SDPBackend.MATH), _recomputed_convolutions():
+    with _quiet(problem.model), _recomputed_convolutions():
         z = _hyperparameters(problem, config, names)
         loss = problem.train_loss(_net(problem.model, weights), batch, z)
         _require_path(loss, z, names)
@@ -408,7 +539,8 @@ def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Training mode without dropout and without autocast, gradients on; flags and RNG states are restored."""
+    """Training mode without dropout and without autocast, attention by plain matrix products, gradients on; flags and
+    RNG states are restored."""
     flags = [(module, module.training) for module in model.modules()]
     with_rate = (nn.RNNBase, nn.MultiheadAttention)  # drop out by themselves
     rates: list[tuple[Any, float]] = [(m, m.dropout) for m in model.modules() if isinstance(m, with_rate)]
@@ -423,7 +555,14 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.dropout = 0.0
         # fp32, and on a GPU not TF32 either; the same algorithms every time
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with forked, exact, torch.autocast(device.type, enabled=False), torch.enable_grad():
+        # the fused attention kernels have no second derivative, and their sums another order
+        with (
+            forked,
+            exact,
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device.type, enabled=False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         for module, flag in flags:

@@ -6,6 +6,7 @@ result.record()    # what to report (JSON-able)
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,9 @@ import torch
 
 from harness.ohgw.coordinates import Coordinate
 from harness.ohgw.estimators import (
-    Batch,
     Estimate,
     MissingGradient,
+    Objective,
     Problem,
     direct,
     finite_difference,
@@ -87,7 +88,7 @@ class WarmStart:
 def warm_start(
     config: Mapping[str, Any],
     space: Space,
-    problem: Problem,
+    problem: Problem | Objective,
     settings: Settings,
     rng: np.random.Generator | None = None,
 ) -> WarmStart:
@@ -134,25 +135,27 @@ class _Walk:
 
 
 def _free_coordinates(
-    config: Mapping[str, Any], space: Space, problem: Problem, settings: Settings
+    config: Mapping[str, Any], space: Space, problem: Problem | Objective, settings: Settings
 ) -> dict[str, Coordinate]:
     unknown = set(settings.mask) - set(space.continuous)
     if unknown:
         raise ValueError(f"mask names {', '.join(sorted(unknown))}; this space has {', '.join(space.continuous)}")
     free = [name for name in space.continuous if name in problem.movable and name not in settings.mask]
-    log1m = {problem.update.momentum} if settings.momentum_space == "log1m" else set()
+    log1m: set[Any] = set()
+    if isinstance(problem, Problem) and settings.momentum_space == "log1m":
+        log1m = {problem.update.momentum}
     return {name: Coordinate(space.continuous[name], log1m=name in log1m) for name in free}
 
 
 def _descend(
-    config: Mapping[str, Any], problem: Problem, settings: Settings, coordinates: Mapping[str, Coordinate]
+    config: Mapping[str, Any], problem: Problem | Objective, settings: Settings, coordinates: Mapping[str, Coordinate]
 ) -> _Walk:
     """The steps of every estimator (``random``: of the lookahead)."""
     start = {name: x.psi(config[name]) for name, x in coordinates.items()}
     walk = _Walk(start, start, settings.estimator, [], None)
     for i in range(settings.n_steps):
         here = _configuration(config, walk, coordinates)
-        estimate, why = _estimate(here, problem, settings, coordinates, problem.draw(i))
+        estimate, why = _estimate(here, problem, settings, coordinates, i)
         reasons = [*walk.reasons, *(f"step {i + 1}: {reason}" if settings.n_steps > 1 else reason for reason in why)]
         if estimate is None:
             return _Walk(start, start, "none", reasons, walk.first)
@@ -170,32 +173,46 @@ def _configuration(config: Mapping[str, Any], walk: _Walk, coordinates: Mapping[
 
 def _estimate(
     config: Mapping[str, Any],
-    problem: Problem,
+    problem: Problem | Objective,
     settings: Settings,
     coordinates: Mapping[str, Coordinate],
-    batches: tuple[Batch, Batch],
+    step: int,
 ) -> tuple[Estimate | None, list[str]]:
     """The estimate, by finite differences if need be, None if they fail as well; and the reasons of the failures."""
-
-    def differences() -> Estimate:
-        def objective(trial: Mapping[str, Any]) -> float:
-            return lookahead_objective(problem, trial, batches, settings.momentum)
-
-        return finite_difference(objective, config, coordinates, finite_step(problem))
-
-    attempts: dict[str, Callable[[], Estimate]] = {
-        "lookahead": lambda: lookahead(problem, config, batches, coordinates, settings.momentum),
-        "direct": lambda: direct(problem, config, batches, coordinates),
-    }
-    first = attempts.get("lookahead" if settings.estimator == "random" else settings.estimator)
+    gradient, objective = _ways(problem, settings, coordinates, config, step)
+    h = problem.h if isinstance(problem, Objective) else finite_step(problem)
+    attempts = {"finite_difference": lambda: finite_difference(objective, config, coordinates, h)}
+    if settings.estimator != "finite_difference":
+        attempts = {settings.estimator: gradient, **attempts}
     reasons: list[str] = []
-    for name, attempt in (("" if first is None else settings.estimator, first), ("finite_difference", differences)):
-        if attempt is not None:
-            estimate, reason = _attempt(attempt)
-            if estimate is not None:
-                return estimate, reasons
-            reasons.append(f"{name}: {reason}")
+    for name, attempt in attempts.items():
+        estimate, reason = _attempt(attempt)
+        if estimate is not None:
+            return estimate, reasons
+        reasons.append(f"{name}: {reason}")
     return None, reasons
+
+
+def _ways(
+    problem: Problem | Objective,
+    settings: Settings,
+    coordinates: Mapping[str, Coordinate],
+    config: Mapping[str, Any],
+    step: int,
+) -> tuple[Callable[[], Estimate], Callable[[Mapping[str, Any]], float]]:
+    """The estimate by gradients, and the objective for finite differences."""
+    if isinstance(problem, Objective):
+
+        def none() -> Estimate:
+            raise MissingGradient(f"missing gradient: {problem.reason}")
+
+        return none, lambda trial: problem.value(trial, step)
+    batches = problem.draw(step)
+    if settings.estimator == "direct":
+        by_gradient = functools.partial(direct, problem, config, batches, coordinates)
+    else:
+        by_gradient = functools.partial(lookahead, problem, config, batches, coordinates, settings.momentum)
+    return by_gradient, lambda trial: lookahead_objective(problem, trial, batches, settings.momentum)
 
 
 def _attempt(estimator: Callable[[], Estimate]) -> tuple[Estimate | None, str]:

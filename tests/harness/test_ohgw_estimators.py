@@ -182,8 +182,8 @@ def test_absent_weight_decay_and_momentum_are_zero_and_constants_are_taken():
     assert lookahead_objective(fixed, config, batches) == reference
     with pytest.raises(KeyError):
         lookahead_objective(p, {"wd": 0.0}, batches)
-    with pytest.raises(ValueError, match="possible: 'sgd'"):
-        UpdateRule(kind="adam")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="possible: sgd, adam, adamw"):
+        UpdateRule(kind="lion")  # type: ignore[arg-type]
 
 
 # ---- what must not change
