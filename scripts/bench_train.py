@@ -13,6 +13,7 @@ repeats, and the same of the ratios within a repeat.
 """
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 import yaml
 
 from harness.tasks import load_task, models
-from harness.tasks.vision import Batch, ImageRun, ImageTask
+from harness.tasks.supervised import SupervisedRun
+from harness.tasks.vision import ImageTask
 
 CONFIG = {"lr": 0.1, "momentum": 0.9, "wd": 1e-4, "augmentation": 0.5, "label_smoothing": 0.1}
 TASK = Path(__file__).parents[1] / "conf" / "task" / "cifar10.yaml"
@@ -56,15 +58,12 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class OneBatch(ImageRun):
+def on_one_batch(task: ImageTask) -> SupervisedRun:
     """A run whose every batch is the same tensor."""
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.batch = next(super()._batches())
-
-    def _batches(self) -> Iterator[Batch]:
-        return itertools.repeat(self.batch)
+    task = copy.copy(task)
+    batch = next(task.batches(task.completed(CONFIG), 0, 0))
+    task.batches = lambda *_: itertools.repeat(batch)  # type: ignore[method-assign]
+    return task.start(CONFIG, 0)
 
 
 def usual(data_dir: str, batch_size: int, loader_workers: int, device: torch.device) -> Callable[[Timer], None]:
@@ -113,12 +112,12 @@ def arms(options: argparse.Namespace, spec: dict[str, Any], device: torch.device
     for name, dtype in {"fp32": None, str(fast).removeprefix("torch."): fast}.items():
         if name == "None":
             continue
-        for kind, run in {"ours": ImageRun(task, CONFIG, 0), "compute": OneBatch(task, CONFIG, 0)}.items():
+        for kind, run in {"ours": task.start(CONFIG, 0), "compute": on_one_batch(task)}.items():
             found[f"{kind} {name}"] = with_precision(run, dtype)
     return found
 
 
-def with_precision(run: ImageRun, dtype: torch.dtype | None) -> Callable[[Timer], Any]:
+def with_precision(run: SupervisedRun, dtype: torch.dtype | None) -> Callable[[Timer], Any]:
     def train(finished: Timer) -> None:
         run.task.autocast = dtype
         run.train_epoch(finished)
