@@ -1,4 +1,4 @@
-"""Image classification on small images: the UCI digits and CIFAR-10, all of them resident on the device.
+"""Image classification on small images, all on the device: the UCI digits, CIFAR-10 and -100, Fashion-MNIST.
 
     task = Digits("cpu", model="cnn", batch_size=32, max_epochs=27, space="study5", spaces={"study5": {...}})
     run = task.start({"lr": 0.1, "momentum": 0.9}, seed=0)
@@ -16,6 +16,7 @@ rotation, scaling, translation, contrast, brightness, each in the place of augme
 import gzip
 import math
 import pickle
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,10 @@ def magnitudes(config: Mapping[str, Any]) -> float | Tensor:
     common = config["augmentation"]
     if not any(name in config for name in MAGNITUDES):
         return common
-    values = {name: torch.as_tensor(config.get(name, common)) for name in MAGNITUDES}
-    dtype = next((v.dtype for v in values.values() if v.dtype == torch.float64 and v.requires_grad), torch.float32)
+    values = {name: config.get(name, common) for name in MAGNITUDES}
+    like = next((v for v in values.values() if isinstance(v, Tensor)), torch.zeros(()))
     names = ("rotation", "scaling", "translation", "translation", "contrast", "brightness")
-    return torch.stack([values[name].to(dtype) for name in names])
+    return torch.stack([torch.as_tensor(values[name], dtype=like.dtype, device=like.device) for name in names])
 
 
 class ImageTask(SupervisedTask):
@@ -246,11 +247,40 @@ class Cifar10(ImageTask):
 
     def read(self, data_dir: Path | None) -> dict[str, Part]:
         assert data_dir is not None  # find_data has seen to it
-        images, labels = _read_cifar(data_dir, [f"data_batch_{i}" for i in range(1, 6)])
-        train, validation = stratified_split(labels, 0.9, "cifar10", "train")
-        test = Part(*_read_cifar(data_dir, ["test_batch"]))
-        parts = {"train": train, "validation": validation}
-        return {**{name: Part(images[index], labels[index]) for name, index in parts.items()}, "test": test}
+        folder = data_dir / "cifar-10-batches-py"
+        train = _read_cifar([folder / f"data_batch_{i}" for i in range(1, 6)], "labels")
+        return _with_validation(train, _read_cifar([folder / "test_batch"], "labels"), "cifar10")
+
+
+class Cifar100(ImageTask):
+    """CIFAR-100 (Krizhevsky 2009) with its 100 fine labels: 45,000 / 5,000 / 10,000 images, augmented as CIFAR-10."""
+
+    classes, crop, flip, mixed = 100, 4, True, True
+
+    def read(self, data_dir: Path | None) -> dict[str, Part]:
+        assert data_dir is not None
+        train, test = (_read_cifar([data_dir / "cifar-100-python" / name], "fine_labels") for name in ("train", "test"))
+        return _with_validation(train, test, "cifar100")
+
+
+class FashionMnist(ImageTask):
+    """Fashion-MNIST (Xiao et al. 2017) from its IDX files: 54,000 / 6,000 / 10,000 grey images of 28x28, augmented as
+    CIFAR-10 but for smaller shifts."""
+
+    crop, flip, mixed = 2, True, True
+
+    def read(self, data_dir: Path | None) -> dict[str, Part]:
+        assert data_dir is not None
+        folder = data_dir / "FashionMNIST" / "raw"
+        train, test = (_read_idx_pair(folder, name) for name in ("train", "t10k"))
+        return _with_validation(train, test, "fashion_mnist")
+
+
+def _with_validation(data: Part, test: Part, name: str) -> dict[str, Part]:
+    """A tenth of the training images, of every class alike, becomes the validation part."""
+    train, validation = stratified_split(data.labels, 0.9, name, "train")
+    parts = {"train": train, "validation": validation}
+    return {**{part: Part(data.images[index], data.labels[index]) for part, index in parts.items()}, "test": test}
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,13 +303,34 @@ def _read_digits() -> np.ndarray:
         return np.loadtxt(lines, delimiter=",")
 
 
-def _read_cifar(data_dir: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _read_cifar(files: Sequence[Path], labels: str) -> Part:
+    """Images (n, 3, 32, 32) and the entry ``labels`` of CIFAR's pickled batches."""
     batches = []
-    for name in names:
-        with open(data_dir / "cifar-10-batches-py" / name, "rb") as file:
+    for path in files:
+        with open(path, "rb") as file:
             batches.append(_ArraysOnly(file, encoding="latin1").load())
     images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    return torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch["labels"]])
+    return Part(torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch[labels]]))
+
+
+def _read_idx_pair(folder: Path, name: str) -> Part:
+    images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz")
+    return Part(images.unsqueeze(1), _read_idx(folder / f"{name}-labels-idx1-ubyte.gz").long())
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The bytes of a gzipped IDX file (LeCun's format): two zeros, type, number of dimensions, sizes, data.
+    Errors: UserError if it is none."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        zeros, kind, dimensions = int.from_bytes(content[:2], "big"), content[2], content[3]
+        shape = np.frombuffer(content, ">u4", dimensions, offset=4).astype(int)
+        data = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is no gzipped IDX file ({error}); delete and fetch it again") from None
+    if zeros or kind != 8:
+        raise UserError(f"{path} is no IDX file of bytes; delete and fetch it again")
+    return torch.from_numpy(data.copy())
 
 
 class _ArraysOnly(pickle.Unpickler):
