@@ -272,7 +272,7 @@ class FashionMnist(ImageTask):
     def read(self, data_dir: Path | None) -> dict[str, Part]:
         assert data_dir is not None
         folder = data_dir / "FashionMNIST" / "raw"
-        train, test = (_read_idx_pair(folder, name) for name in ("train", "t10k"))
+        train, test = (read_idx_pair(folder, name) for name in ("train", "t10k"))
         return _with_validation(train, test, "fashion_mnist")
 
 
@@ -313,7 +313,8 @@ def _read_cifar(files: Sequence[Path], labels: str) -> Part:
     return Part(torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch[labels]]))
 
 
-def _read_idx_pair(folder: Path, name: str) -> Part:
+def read_idx_pair(folder: Path, name: str) -> Part:
+    """The part ``name`` (train, t10k) of an MNIST-like set in ``folder``: images (n, 1, size, size) and labels."""
     images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz")
     return Part(images.unsqueeze(1), _read_idx(folder / f"{name}-labels-idx1-ubyte.gz").long())
 
