@@ -140,6 +140,16 @@ def test_help_names_every_group_choice_and_key(capsys):
     assert len(page.splitlines()) < 110
 
 
+def test_help_of_a_task_shows_its_keys_and_values(capsys):
+    assert main(["--help", "task=cifar10", "backend=simulated"]) == 0
+    page = capsys.readouterr().out
+    assert "keys of task=cifar10 backend=simulated:" in page
+    assert "task.model=resnet20" in page
+    assert "backend.charge_decisions=False" in page
+    assert "backend.partition" not in page  # of another backend
+    assert main(["--help", "task=nosuch"]) == 2
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--dry-run", "seed=0..3", "ohgw=off,on"], ["--cfg", "job"]], ids=str
 )
