@@ -74,6 +74,10 @@ class Task:
     data_dir: str | None = option("folder of the data (taken literally, ~ expanded)")
     schedule: str = option("learning rate over a trial: constant, or half a cosine to 0", choices="constant cosine")
     precision: str = option("arithmetic of the training step", choices="auto fp32 bf16 fp16")
+    image_size: int = option("imagenet: pixels of the images, either way", min=8)
+    parts_per_pass: int = option("imagenet: epochs of a pass over the training images", min=1)
+    validation_share: float = option("imagenet: share of the training images to validate on", above=0, max=0.5)
+    loader_workers: int | None = option("imagenet: decoding processes of a worker; null: as many as its threads", min=0)
 
 
 @dataclass
@@ -149,7 +153,7 @@ LITERAL = frozenset({"name", "results_dir", "task.data_dir", "backend.store"}) |
 # Not part of a cell's identity (the hash), so two values of one of these would be the same cell.
 OUTSIDE_IDENTITY = (
     frozenset({"name", "results_dir", "save_model", "tracker", "launch"})
-    | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models"))
+    | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models", "loader_workers"))
     | frozenset(f"backend.{key}" for key in ("store", "max_gib", "processes"))
     | frozenset(f"backend.{key}" for key in ("partition", "account", "qos", "time", "gres", "cpus", "mem", "extra"))
     | frozenset(f"backend.{key}" for key in ("setup", "host", "port", "signal", "signal_seconds"))
