@@ -274,11 +274,11 @@ def _channels_last(images: Tensor) -> Tensor:
 def _tree(data_dir: str | None, fetch: str) -> Path:
     """The folder with ``train`` and ``val``; UserError if they are not there."""
     if data_dir is None:
-        raise UserError(f"this task needs task.data_dir, the folder with train/ and val/; {fetch}")
+        raise UserError(f"this task needs task.data_dir, the folder with train/ and val/; fetch it with: {fetch}")
     folder = Path(os.path.expanduser(data_dir))
     for part in ("train", "val"):
         if not (folder / part).is_dir():
-            raise UserError(f"task.data_dir={folder} has no folder {part}; {fetch}")
+            raise UserError(f"task.data_dir={folder} has no folder {part}; fetch it with: {fetch}")
     return folder
 
 

@@ -235,4 +235,4 @@ def test_the_command_trains_on_a_tree(tree, tmp_path, harness):
     records = [json.loads(line) for path in tmp_path.glob("results/*/*normalized*/trials.jsonl")
                for line in path.read_text().splitlines()]  # fmt: skip
     assert records
-    assert all(record["warm_start"]["length"] == pytest.approx(0.1, rel=0.5) for record in records)
+    assert all(record["length"] == pytest.approx(0.1, rel=0.5) for record in records)
