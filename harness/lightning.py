@@ -79,11 +79,11 @@ class OHGWCallback(Callback):
     ``space``: a ``Space`` or Syne Tune's ``config_space``. ``update``: the optimizer's rule; None infers it from what
     ``configure_optimizers`` returned (torch's SGD, Adam or AdamW), with the trainer's clip of the gradient's norm; the
     names it looks for in ``space`` are ``lr`` or ``learning_rate``, ``wd`` or ``weight_decay``, and ``momentum`` or
-    ``beta1``; what is not in the space is a constant. ``differentiable``, ``linear``, ``finite``: further
-    hyperparameters that ``training_step`` reads from ``self.hparams``, as in ``Problem``; where a derivative is taken it
-    sees 0-d tensors. (torch's own ``cross_entropy(label_smoothing=...)`` takes numbers only: name it in ``finite``, or
-    write the loss out. A missing gradient gives way to finite differences of all coordinates, as the record and a
-    warning tell.)
+    ``beta1``; what is not in the space is a constant. A weight is decayed if its group's decay is positive (all are, if
+    none is). ``differentiable``, ``linear``, ``finite``: further hyperparameters that ``training_step`` reads from
+    ``self.hparams``, as in ``Problem``; where a derivative is taken it sees 0-d tensors. (torch's own
+    ``cross_entropy(label_smoothing=...)`` takes numbers only: name it in ``finite``, or write the loss out. A missing
+    gradient gives way to finite differences of all coordinates, as the record and a warning tell.)
 
     The probe loss is ``training_step`` with those further hyperparameters at 0, or at the value ``plain`` gives them,
     or the module's method called ``probe_step``, with the arguments and result of a ``training_step``. Batches of
