@@ -34,7 +34,14 @@ def test_transfer_has_one_setting_and_every_family_that_needs_no_download():
 
 @pytest.mark.slow
 def test_the_ablation_runs_end_to_end(tmp_path: Path, harness):
-    words = ["experiment=ablation", "seed=0,1", "budget.epochs=5", "task.model=mlp", "task.max_epochs=3", "tracker=none"]
+    words = [
+        "experiment=ablation",
+        "seed=0,1",
+        "budget.epochs=5",
+        "task.model=mlp",
+        "task.max_epochs=3",
+        "tracker=none",
+    ]
     done = harness(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = len(make_plan(words).cells)
