@@ -340,6 +340,7 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
               ("models", "share of the first rung", "share of the first rung, %", 1.0),
               ("workers", "share of busy seconds", "warm starts, % of busy seconds", 1.0),
               ("workers", "longer than off", "longer than off, %", 1.0)]  # fmt: skip
+    colors = {what: f"C{number}" for number, what in enumerate(["training step", *MOVED, "zero"])}
     panels = [panel for panel in panels if any((row.part, row.measure) == panel[:2] for row in rows)]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -353,17 +354,16 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
             low = [(row.median - row.least) / scale for row in line]
             high = [(row.most - row.median) / scale for row in line]
             axis.errorbar([row.size for row in line], [row.median / scale for row in line], [low, high],
-                          marker="o", markersize=4, capsize=2, label=what)  # fmt: skip
+                          marker="o", markersize=4, capsize=2, color=colors[what], label=what)  # fmt: skip
         axis.set_xscale("log")
         if measure in ("time", "peak memory"):
             axis.set_yscale("log")
         else:
             axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        if part == "workers":
-            sizes = [row.size for row in chosen]
-            axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
-            axis.minorticks_off()
-        axis.set_xlabel("parameters" if part == "models" else "virtual workers")
+        sizes = sorted({row.size for row in chosen})
+        axis.set_xticks(sizes, [f"{size if part == 'workers' else size / 1e6:.2g}" for size in sizes])
+        axis.xaxis.minorticks_off()
+        axis.set_xlabel("million parameters" if part == "models" else "virtual workers")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
