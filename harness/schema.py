@@ -74,6 +74,16 @@ class Task:
     data_dir: str | None = option("folder of the data (taken literally, ~ expanded)")
     schedule: str = option("learning rate over a trial: constant, or half a cosine to 0", choices="constant cosine")
     precision: str = option("arithmetic of the training step", choices="auto fp32 bf16 fp16")
+    data: str = option("uci, xgboost: a set that scikit-learn ships, a CSV or TSV file, or openml:NAME[:VERSION]")
+    target: str | None = option("uci, xgboost: the target's column; null: the last one, or OpenML's default")
+    kind: str = option("uci, xgboost: what the target asks for", choices="auto classification regression")
+    header: bool = option("uci, xgboost: whether the file's first line names its columns (else: 0, 1, ...)")
+    categorical: list[str] = option("uci, xgboost: columns of numbers that are codes of categories")  # noqa: RUF009
+    metric: str = option("what task.tau and the scores are; uci, xgboost: accuracy, f1 (macro) or r2")
+    rounds_per_epoch: int = option("xgboost: boosting rounds between two reports", min=1)
+    warm_rounds: int | None = option(
+        "xgboost: rounds before the loss that a warm start differentiates; null: those of one epoch", min=1
+    )
 
 
 @dataclass
