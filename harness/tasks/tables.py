@@ -16,6 +16,7 @@ import csv
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +255,7 @@ def _file(data: str, header: bool, data_dir: str | None) -> Any:
     try:
         return pd.read_csv(path, sep=_delimiter(path), header=0 if header else None, na_values=MISSING,
                            skipinitialspace=True, low_memory=False)  # fmt: skip
-    except (ValueError, OSError, EOFError) as error:  # pandas' own errors are ValueErrors
+    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"task.data={data} cannot be read as a table: {error}") from None
 
 
