@@ -199,8 +199,7 @@ def warm_start_flops(
 
 
 def counts_flops(training: Run, settings: Mapping[str, Any]) -> bool:
-    """False where a warm start has no network (trees): no matrix products, and to count them would be to do it again.
-    """
+    """False where a warm start has no network (trees): no matrix products, and counting would do it all again."""
     from harness.ohgw import Objective, Settings
 
     return not isinstance(training.problem(Settings(**settings["ohgw"])), Objective)

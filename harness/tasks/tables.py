@@ -157,7 +157,7 @@ def read(data: str, target: str | None, header: bool, categorical: Sequence[str]
 
 
 def kind_of(target: np.ndarray, kind: str) -> str:
-    """"classification" or "regression", by the target where ``kind`` is "auto"."""
+    """ "classification" or "regression", by the target where ``kind`` is "auto"."""
     words = target.dtype == object
     if kind == "regression" and words:
         raise UserError("task.kind=regression needs a numeric target; this one has words")

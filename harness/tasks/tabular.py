@@ -229,8 +229,8 @@ class TabularTask(SupervisedTask):
         n, source = settings.batch_size, generator(seed, "warm_start", step)
         order = torch.randperm(self.sizes["train"], generator=source)
         names = [name for name in ("noise", "scaling", "mixup") if name in self.space]
-        first = self.drawn(order[:n], order[:n].roll(1), {name: generator(seed, f"warm_{name}", step) for name in names},
-                           dtype)  # fmt: skip
+        streams = {name: generator(seed, f"warm_{name}", step) for name in names}
+        first = self.drawn(order[:n], order[:n].roll(1), streams, dtype)
         part, chosen = "train", order[n : 2 * n]
         if settings.probe != "train":
             part, chosen = "validation", torch.randperm(self.sizes["validation"], generator=source)[:n]
@@ -240,7 +240,8 @@ class TabularTask(SupervisedTask):
 
     def shared(self, batch: Batch) -> Batch:
         """This process's share."""
-        return Batch(**{name: x if x is None else self.group.share(x) for name, x in vars(batch).items()})
+        shares: Any = {name: x if x is None else self.group.share(x) for name, x in vars(batch).items()}
+        return Batch(**shares)
 
     def train_loss(self, net: Callable[..., Tensor], batch: Batch, config: Mapping[str, Any]) -> Tensor:
         """Without dropout."""
@@ -249,7 +250,9 @@ class TabularTask(SupervisedTask):
 
     def probe_loss(self, net: Callable[..., Tensor], batch: Batch) -> Tensor:
         output = net(batch.inputs)
-        return F.cross_entropy(output, batch.target) if self.table.classes else F.mse_loss(output.squeeze(1), batch.target)
+        if self.table.classes:
+            return F.cross_entropy(output, batch.target)
+        return F.mse_loss(output.squeeze(1), batch.target)
 
     def statistics(self, output: Tensor, labels: Tensor) -> Tensor:
         return self.table.statistics(output, labels)

@@ -47,7 +47,7 @@ def mixed(folder: Path) -> str:
     draw = np.random.default_rng(0)
     lines = ["size,colour,kind"]
     for i in range(300):
-        size, colour = draw.normal(), "red green blue grey pink".split()[i % 5]
+        size, colour = draw.normal(), ["red", "green", "blue", "grey", "pink"][i % 5]
         kind = "yes" if (size > 0) == (i % 5 in (0, 3)) else "no"
         lines.append(f"{'' if i % 9 == 0 else f'{size:.5f}'},{'?' if i % 8 == 0 else colour},{kind}")
     path = folder / "mixed.csv"
@@ -167,7 +167,7 @@ def test_mistakes_are_answered():
         build(space="mine", spaces={"mine": {"lr": {"lower": 0.1, "upper": 1.0}}})
     with pytest.raises(UserError, match="no hyperparameter 'depth'"):
         build().start({"depth": 3}, 0)
-    with pytest.raises(UserError, match="set task.metric=r2"):
+    with pytest.raises(UserError, match=r"set task\.metric=r2"):
         build(data="diabetes")
 
 
@@ -213,7 +213,7 @@ def test_a_warm_start_takes_differences_and_moves_only_what_is_continuous(estima
         assert record["estimator"] == "finite_difference"
         assert record["fallback"] == f"{estimator}: missing gradient: trees have none"
         x = task.space.continuous["learning_rate"]
-        unit, value = x.unit(CONFIG["learning_rate"]), run.problem(settings).value
+        unit, value = x.unit(0.3), run.problem(settings).value
         above, below = (value(CONFIG | {"learning_rate": x.from_unit(unit + h)}, 0) for h in (0.05, -0.05))
         slope = (above - below) / (0.1 * (x.bounds[1] - x.bounds[0]))
         assert record["gradient"]["learning_rate"] == pytest.approx(slope, rel=1e-6)
@@ -231,7 +231,7 @@ def test_after_a_warm_start_the_trial_is_the_vanilla_trial_of_the_new_configurat
 
 def test_preparing_and_counting_cost_no_training(monkeypatch):
     calls: list[int] = []
-    monkeypatch.setattr(boosting.BoostingRun, "_loss_after_warm_rounds", lambda *_: calls.append(1) or 0.0)
+    monkeypatch.setattr(boosting.BoostingRun, "_loss_after_warm_rounds", lambda *_: calls.append(1))
     ohgw = {"estimator": "lookahead", "batch_size": 128, "probe": "train"}
     settings = {"task": spec(), "ohgw": ohgw}
     trial.prepare(settings, "cpu")
@@ -256,7 +256,9 @@ def test_spaces():
 
 
 def test_the_module_is_imported_without_xgboost():
-    code = "import sys, harness.tasks.boosting; print([m for m in ('xgboost', 'sklearn', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys, harness.tasks.boosting; print([m for m in ('xgboost', 'sklearn', 'pandas') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parents[1], check=True)
     assert out.stdout.strip() == "[]"
 

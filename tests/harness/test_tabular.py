@@ -174,7 +174,7 @@ def test_the_target_decides_the_kind():
 
 def test_mistakes_are_answered(tmp_path):
     mixed = write(tmp_path / "mixed.csv")
-    for changes, message in [
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"data": "diabetes"}, "set task.metric=r2"),
         ({"metric": "r2"}, "set task.metric=accuracy"),
         ({"data": "digit"}, "no file .*digit; possible: breast_cancer, diabetes"),
@@ -183,7 +183,8 @@ def test_mistakes_are_answered(tmp_path):
         ({"data": "openml:a:b"}, "must be openml:NAME"),
         ({"batch_size": 5000}, "more than the 898"),
         ({"data": write(tmp_path / "short.csv", rows()[:5])}, "too few"),
-    ]:
+    ]
+    for changes, message in mistakes:
         with pytest.raises(UserError, match=message):
             build(**changes)
     (tmp_path / "broken.csv.gz").write_bytes(b"\x1f\x8b\x08\x00 this is no table")
@@ -290,7 +291,8 @@ def test_training_learns_from_words_and_quantities(classification, regression):
 
 
 def test_label_noise_changes_that_share_of_training_targets_and_no_other(tmp_path):
-    for options in ({"target": "wealth"}, {"metric": "r2"}):
+    choices: list[dict[str, Any]] = [{"target": "wealth"}, {"metric": "r2"}]
+    for options in choices:
         clean, noisy = (
             tables.load(write(tmp_path / "a.csv"), **({"metric": "accuracy"} | options), label_noise=share)
             for share in (0.0, 0.25)
@@ -497,7 +499,9 @@ def test_the_command(harness, tmp_path, backend):
     assert done.returncode == 0, done.stdout + done.stderr
     logs = sorted(tmp_path.glob("results/*/*/events.jsonl"))
     assert len(logs) == 2
-    reports = [event for log in logs for line in log.read_text().splitlines() if (event := json.loads(line))["e"] == "report"]
+    reports = [
+        event for log in logs for line in log.read_text().splitlines() if (event := json.loads(line))["e"] == "report"
+    ]
     assert len(reports) == 8
     assert all({"test_accuracy", "validation_accuracy"} <= set(event["result"]) for event in reports)
     warm = [event["result"]["warm_start"] for event in reports if event["result"].get("warm_start")]
