@@ -78,6 +78,16 @@ class Task:
     parts_per_pass: int = option("imagenet: epochs of a pass over the training images", min=1)
     validation_share: float = option("imagenet: share of the training images to validate on", above=0, max=0.5)
     loader_workers: int | None = option("imagenet: decoding processes of a worker; null: as many as its threads", min=0)
+    data: str = option("uci, xgboost: a set that scikit-learn ships, a CSV or TSV file, or openml:NAME[:VERSION]")
+    target: str | None = option("uci, xgboost: the target's column; null: the last one, or OpenML's default")
+    kind: str = option("uci, xgboost: what the target asks for", choices="auto classification regression")
+    header: bool = option("uci, xgboost: whether the file's first line names its columns (else: 0, 1, ...)")
+    categorical: list[str] = option("uci, xgboost: columns of numbers that are codes of categories")  # noqa: RUF009
+    metric: str = option("what task.tau and the scores are; uci, xgboost: accuracy, f1 (macro) or r2")
+    rounds_per_epoch: int = option("xgboost: boosting rounds between two reports", min=1)
+    warm_rounds: int | None = option(
+        "xgboost: rounds before the loss that a warm start differentiates; null: those of one epoch", min=1
+    )
 
 
 @dataclass
