@@ -17,8 +17,10 @@ attention_dropout, the three rates of GPT-2. Defaults: 0. What a warm start does
 
     lr, wd, label_smoothing, under SGD also momentum and clip    exact derivatives
     the dropout rates   finite differences with common random numbers: one seed draws the masks of both points, a larger
-                        rate drops what the smaller one did and more. h is 0.02 in unit coordinates: a smaller one would
-                        count too few units that change sides to average over, a larger one would bend
+                        rate drops what the smaller one did and more. What a difference sees is the units that change
+                        sides, so its noise falls with the square root of h, 0.05 in unit coordinates: over 5 batch
+                        pairs of ``text``, dF/d embedding_dropout was 0.39 with a standard deviation of 0.12 (0.25 at
+                        h = 0.02), the two others 0.02 and -0.05 with 0.06, all small beside dF/d log lr
     warmup, beta2       frozen: one update does not see them
 """
 
@@ -146,7 +148,7 @@ class LanguageTask(SupervisedTask):
     vocabulary: int
     defaults: ClassVar[Mapping[str, Any]] = dict.fromkeys(RATES, 0.0)
     finite = RATES
-    h = 0.02
+    h = 0.05
 
     def __init__(
         self,
