@@ -229,9 +229,9 @@ class LanguageTask(SupervisedTask):
 
     def windows(self, part: str, chosen: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens and labels (n, context), int64, of windows by number, the first one beginning at ``offset``."""
-        read, predicted = (stream[start:].unfold(0, self.context, self.context)
-                           for stream, start in ((self.streams[part], offset), (self.targets[part], offset + 1)))  # fmt: skip
-        return read[chosen].long(), predicted[chosen].long()
+        read, predicted = self.streams[part][offset:], self.targets[part][offset + 1 :]
+        cut = (0, self.context, self.context)
+        return read.unfold(*cut)[chosen].long(), predicted.unfold(*cut)[chosen].long()
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         return self.windows("train", torch.arange(n, device=self.device) % self.sizes["train"])

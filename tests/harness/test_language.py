@@ -16,10 +16,10 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.context import TrialFailed, UserError
-from harness.ohgw import Settings, lookahead, lookahead_objective, warm_start
+from harness.ohgw import Settings, count_flops, lookahead, lookahead_objective, warm_start
 from harness.ohgw.coordinates import Coordinate
 from harness.seeds import rng
-from harness.space import Float, Space
+from harness.space import Space
 from harness.tasks import language, load_task
 from scripts.plain_loops import language as plain_loop
 from tests.harness.test_tasks import never, resume, same
@@ -88,9 +88,9 @@ def test_pythons_help_is_some_english_without_repeated_paragraphs():
 
 def test_building_a_task_imports_neither_the_topics_nor_the_compiler():
     code = (
-        "import sys, yaml; from harness.tasks import load_task\n"
-        f"task = load_task(yaml.safe_load(open({str(CONF / 'text.yaml')!r}))['task'], 'cpu')\n"
-        "task.start({'lr': 0.1}, 0)\n"
+        "import sys; from harness.tasks import language, optimizers\n"
+        "net = language.build('transformer_tiny', len(set(language.python_topics())), 8)\n"
+        "optimizers.AdamW(net, {'wd': 0, 'lr': 1, 'momentum': 0, 'beta2': 0.9})\n"
         "print([m for m in ('pydoc_data', 'sklearn', 'torch._dynamo', 'torchvision') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parents[1], check=True)
@@ -103,7 +103,7 @@ def test_a_text_that_is_not_there_or_too_short_is_a_users_error(text_file, tmp_p
     (tmp_path / "short.txt").write_bytes(b"x" * 200)
     with pytest.raises(UserError, match=r"validation part has 20 tokens, too few for task\.context=16"):
         build(tmp_path / "short.txt")
-    with pytest.raises(UserError, match="transformer_tiny.*not 'lstm'"):
+    with pytest.raises(UserError, match=r"transformer_tiny.*not 'lstm'"):
         build(text_file, model="lstm")
 
 
@@ -272,9 +272,8 @@ def test_it_learns(text, config):
     run = text.start(config | {"label_smoothing": 0.0}, 0)
     before = run.evaluate("test")["score"]
     scores = [run.train_epoch(never)["train_score"] for _ in range(2)]
-    assert before == pytest.approx(256, rel=0.1)
     assert scores[1] < scores[0] < before
-    assert run.evaluate("test")["score"] < 40
+    assert run.evaluate("test")["score"] < 0.6 * before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -291,12 +290,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text_file, precis
 
 
 def test_flops_are_those_of_an_epoch(text):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    run = text.start(CONFIG, 0)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        flops = run.train_epoch(never)["flops"]
-    assert flops == counter.get_total_flops()
+    run, reported = text.start(CONFIG, 0), []
+    with sdpa_kernel(SDPBackend.MATH):
+        counted = count_flops(lambda: reported.append(run.train_epoch(never)))
+    assert reported[0]["flops"] == counted
 
 
 @pytest.mark.parametrize("loss", [701.0, math.inf, math.nan])
@@ -309,10 +306,9 @@ def test_a_perplexity_that_is_not_finite_fails_the_trial(loss, text):
 
 
 def test_divergence_fails_the_trial(text):
+    run = text.start(SGD | {"lr": 1e12, "clip": 1e9}, 0)
     with pytest.raises(TrialFailed):
-        run = text.start(SGD | {"lr": 1e12, "clip": 1e9}, 0)
         run.train_epoch(never)
-        run.evaluate("validation")
 
 
 # the problem of a warm start
@@ -359,7 +355,7 @@ def test_the_dropout_rate_of_a_coordinate_is_felt_and_its_masks_are_common(text_
 
     def loss(**rates: float) -> float:
         z = {name: torch.tensor(rate, dtype=torch.float64) for name, rate in rates.items()}
-        return float(problem.train_loss(problem.model, batch, z))
+        return problem.train_loss(problem.model, batch, z).item()
 
     for name in DROPOUT:
         assert loss(**{name: 0.3}) != loss(**{name: 0.2})
@@ -367,10 +363,12 @@ def test_the_dropout_rate_of_a_coordinate_is_felt_and_its_masks_are_common(text_
         assert loss(**{name: 0.0}) == pytest.approx(loss(**{name: 1e-5}), rel=1e-4)  # the others' masks stay
     none = dict.fromkeys(DROPOUT, 0.0)
     smoothed = F.cross_entropy(problem.model(batch.tokens).flatten(0, 1), batch.labels.flatten(), label_smoothing=0.1)
-    assert loss(**none) == pytest.approx(float(smoothed), rel=1e-4)
+    assert loss(**none) == pytest.approx(smoothed.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))]
+)
 def test_a_larger_rate_drops_what_a_smaller_one_did(device):
     x = torch.ones(1000, 100, device=device)
     kept = []
@@ -387,7 +385,7 @@ def test_the_gradient_is_that_of_the_objective_in_float64(text_file, config):
     config = config | {"clip": 0.3, "dropout": 0.2}
     problem = problem_of(text_file, config)
     batches = problem.draw(0)
-    domains = Space.from_spec(spec("text")["spaces"]["study7"]).continuous
+    domains = Space.from_spec(spec("text")["spaces"]["continuous"]).continuous
     space = {name: Coordinate(domain) for name, domain in domains.items() if name in problem.movable}
     assert set(space) == {"lr", "wd", "momentum", "label_smoothing", "clip", "dropout"}
     estimate = lookahead(problem, config, batches, space)
@@ -400,7 +398,7 @@ def test_the_gradient_is_that_of_the_objective_in_float64(text_file, config):
         assert estimate.gradient[name] == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-9), name
     assert estimate.gradient["lr"]
     assert estimate.gradient["dropout"]
-    assert bool(estimate.gradient["clip"] > 1e-6) == (config["optimizer"] == "sgd") or estimate.gradient["clip"] < 0
+    assert (abs(estimate.gradient["clip"]) > 1e-4) == (config["optimizer"] == "sgd")
 
 
 def test_a_warm_start_needs_no_fallback_and_leaves_the_run_alone(text_file):
