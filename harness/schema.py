@@ -75,7 +75,7 @@ class Task:
     schedule: str = option("learning rate over a trial: constant, or half a cosine to 0", choices="constant cosine")
     precision: str = option("arithmetic of the training step", choices="auto fp32 bf16 fp16")
     image_size: int = option("imagenet: pixels of the images, either way", min=8)
-    parts_per_pass: int = option("imagenet: epochs of a pass over the training images", min=1)
+    parts_per_pass: int = option("imagenet, language: epochs of a pass over the training data", min=1)
     validation_share: float = option("imagenet: share of the training images to validate on", above=0, max=0.5)
     loader_workers: int | None = option("imagenet: decoding processes of a worker; null: as many as its threads", min=0)
     data: str = option("uci, xgboost: a set that scikit-learn ships, a CSV or TSV file, or openml:NAME[:VERSION]")
@@ -88,6 +88,9 @@ class Task:
     warm_rounds: int | None = option(
         "xgboost: rounds before the loss that a warm start differentiates; null: those of one epoch", min=1
     )
+    context: int = option("language: tokens of a training window", min=2)
+    vocabulary: int = option("wikitext: number of words, the most frequent of the training part", min=3)
+    text_file: str | None = option("text: any file, by bytes (literal, ~ expanded); null: Python's own help topics")
 
 
 @dataclass
@@ -155,7 +158,7 @@ GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group with
     "tracker": Tracker,
     "experiment": None,
 }
-LITERAL = frozenset({"name", "results_dir", "task.data_dir", "backend.store"}) | frozenset(
+LITERAL = frozenset({"name", "results_dir", "task.data_dir", "task.text_file", "backend.store"}) | frozenset(
     f"{group}.{key}"
     for group in ("backend", "launch")
     for key in ("partition", "account", "qos", "time", "gres", "mem")
