@@ -64,7 +64,8 @@ class UpdateRule:
 
     ``lr``, ``wd``, ``momentum`` (under Adam beta1) and ``clip`` (largest global norm of the gradient, as
     ``torch.nn.utils.clip_grad_norm_`` enforces it) are values or names of hyperparameters or constants; wd and momentum
-    named but absent from a configuration are 0, an absent clip is none, an absent lr is a KeyError. ``eps``: Adam's.
+    named but absent from a configuration are 0, a clip that is absent or None is none, an absent lr is a KeyError.
+    ``eps``: Adam's.
     """
 
     kind: Kind = "sgd"
@@ -72,7 +73,7 @@ class UpdateRule:
     lr: str | float = "lr"
     wd: str | float = "wd"
     momentum: str | float = "momentum"
-    clip: str | float = math.inf
+    clip: str | float | None = None
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
@@ -92,7 +93,12 @@ class UpdateRule:
 
     def largest_norm(self, config: Mapping[str, Any]) -> float:
         """The clip in ``config``, infinite if there is none."""
-        return float(config.get(self.clip, math.inf) if isinstance(self.clip, str) else self.clip)
+        clip = config.get(self.clip) if isinstance(self.clip, str) else self.clip
+        return math.inf if clip is None else float(clip)
+
+    def linear(self, config: Mapping[str, Any]) -> bool:
+        """Whether u is linear in g whatever g is."""
+        return self.kind == "sgd" and math.isinf(self.largest_norm(config))
 
     def gain(self, mu: float, momentum: Momentum) -> tuple[float, float]:
         """(c, dc/dmu) where the weights move by lr * c * u."""
@@ -129,8 +135,8 @@ class Problem:
     h: float | None = None
     """Half the distance of two points of a finite difference, in unit coordinates; None: by the precision."""
     average: Callable[[list[Tensor]], None] | None = None
-    """Of a trial on several processes, each with its share of a batch: replaces the tensors by their means over them,
-    in place. All processes must then call the same functions."""
+    """Of a trial on several processes, each with its share of a batch: replaces the (contiguous) tensors by their means
+    over them, in place. All processes must then call the same functions."""
 
     @property
     def movable(self) -> tuple[str, ...]:
@@ -228,11 +234,11 @@ def lookahead_objective(
 def direct(
     problem: Problem, config: Mapping[str, Any], batches: tuple[Batch, Batch], coordinates: Coordinates
 ) -> Estimate:
-    """train_loss(theta0; B, z) + wd/2 |theta0|^2 and its derivative in psi for each of ``coordinates``; zero for lr and
-    momentum. ``batches[1]`` is not used. Costs at most 1 training step. Raises MissingGradient."""
+    """train_loss(theta0; B, z) + wd/2 |theta0|^2 and its derivative in psi for each of ``coordinates``; zero for lr,
+    momentum and clip. ``batches[1]`` is not used. Costs at most 1 training step. Raises MissingGradient."""
     rule = problem.update
     half_square = _half_square(problem)
-    slopes: dict[Any, float] = {rule.lr: 0.0, rule.momentum: 0.0, rule.wd: half_square}
+    slopes: dict[Any, float] = {rule.lr: 0.0, rule.momentum: 0.0, rule.clip: 0.0, rule.wd: half_square}
     free = [name for name in problem.differentiable if name in coordinates]
     with _quiet(problem.model):
         z = _hyperparameters(problem, config, free)
@@ -302,17 +308,20 @@ def _in_psi(
 def _update_and_probe(
     problem: Problem, config: Mapping[str, Any], batches: tuple[Batch, Batch], s: float
 ) -> tuple[Tensors, Tensors, Tensors, float]:
-    """g, u, q = dF/dtheta1 (all for the weights that the update moves) and F at theta1 = theta0 - s*u."""
+    """g, u, q = dF/dtheta1 (all for the weights that the update moves) and F at theta1 = theta0 - s*u. Where u is
+    linear in g, no g: nothing more depends on it, and it is as large as the weights."""
     g = _gradient(problem, config, batches[0])
     u = _direction(problem, config, g)
+    if problem.update.linear(config):
+        g = {}
     theta1 = _moved(problem, u, s)
     moved = {name: theta1[name].requires_grad_() for name in u}
     with _quiet(problem.model):
         loss = problem.probe_loss(_net(problem.model, theta1), batches[1])
         grads = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
     q = {name: grad for name, grad in zip(moved, grads, strict=True) if grad is not None}
-    *_, value = _average(problem, [*q.values(), loss.detach()])
-    return g, u, q, value.item()
+    *means, value = _average(problem, [*q.values(), loss.detach()])
+    return g, u, dict(zip(q, means, strict=True)), value.item()
 
 
 def _gradient(problem: Problem, config: Mapping[str, Any], batch: Batch) -> Tensors:
@@ -322,8 +331,7 @@ def _gradient(problem: Problem, config: Mapping[str, Any], batch: Batch) -> Tens
         loss = problem.train_loss(_net(problem.model, weights), batch, _hyperparameters(problem, config, []))
         grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     g = {name: grad for name, grad in zip(weights, grads, strict=True) if grad is not None}
-    _average(problem, list(g.values()))
-    return g
+    return dict(zip(g, _average(problem, list(g.values())), strict=True))
 
 
 def _direction(problem: Problem, config: Mapping[str, Any], g: Tensors) -> Tensors:
@@ -353,17 +361,21 @@ def _pulled_back(problem: Problem, config: Mapping[str, Any], g: Tensors, q: Ten
     shrink, norm = _shrink(g, largest)
     decayed = {name: weights[name] for name in q if problem.decayed(name)}
     wd_slope = _inner(q, decayed)
+
+    def normalised(name: str) -> Tensor:
+        """What u divides by its rms."""
+        p = g[name] if shrink == 1.0 else shrink * g[name]
+        coupled = rule.kind == "adam" and wd and name in decayed
+        return torch.add(p, decayed[name].detach(), alpha=wd) if coupled else p
+
     if rule.kind != "sgd":
-        clipped = {name: shrink * g[name] for name in q}
-        if rule.kind == "adam":
-            clipped |= {n: torch.add(clipped[n], w.detach(), alpha=wd) for n, w in decayed.items() if wd}
-        q = {name: _through_rms(v, clipped[name], rule.eps) for name, v in q.items()}
+        q = {name: _through_rms(v, normalised(name), rule.eps) for name, v in q.items()}
         wd_slope = _inner(q, decayed) if rule.kind == "adam" else wd_slope
     if shrink == 1.0:
         return q, wd_slope, 0.0
     g_q = _inner(g, q)
-    factor = shrink * g_q / (norm * (norm + CLIP_EPS))
-    pulled = {name: torch.add(shrink * q[name] if name in q else 0.0 * t, t, alpha=-factor) for name, t in g.items()}
+    factor = shrink * g_q / (norm * (norm + CLIP_EPS)) if norm else 0.0
+    pulled = {n: torch.add(shrink * q[n] if n in q else torch.zeros_like(t), t, alpha=-factor) for n, t in g.items()}
     return pulled, wd_slope, g_q / (norm + CLIP_EPS)
 
 
@@ -388,10 +400,13 @@ def _through_rms(q: Tensor, p: Tensor, eps: float) -> Tensor:
 
 
 def _average(problem: Problem, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, averaged in place over the trial's processes if there are several."""
-    if problem.average is not None:
-        problem.average(tensors)
-    return tensors
+    """The tensors or, if the trial has several processes, their means over them (then the tensors may be overwritten:
+    autograd's gradients can be transposed or expanded views, which cannot be sent or written to)."""
+    if problem.average is None:
+        return tensors
+    own = [tensor.contiguous() for tensor in tensors]
+    problem.average(own)
+    return own
 
 
 def _moved(problem: Problem, u: Mapping[str, Tensor], s: float) -> dict[str, Tensor]:

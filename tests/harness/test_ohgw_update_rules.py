@@ -2,156 +2,286 @@
 
 import dataclasses
 import math
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
-from harness.ohgw import Objective, Problem, Settings, UpdateRule, lookahead, lookahead_objective, warm_start
-from harness.ohgw.coordinates import Coordinate
-from harness.ohgw.estimators import Kind, _direction, _gradient
+from harness.ohgw import Objective, Problem, Settings, UpdateRule, direct, lookahead, lookahead_objective, warm_start
+from harness.ohgw.coordinates import Coordinate, Coordinates
+from harness.ohgw.estimators import _direction, _gradient
+from harness.ohgw.settings import Momentum
 from harness.seeds import rng
 from harness.space import Categorical, Float, Integer, Space
 from tests.harness.ohgw_problem import SPACE, build, coordinates, mlp, problem, resnet, sampled
 
-KINDS: tuple[Kind, ...] = ("sgd", "adam", "adamw")
 CLIP = Float(1e-3, 1e3, log=True)
 NAMES = {name: Coordinate(domain) for name, domain in {**SPACE, "clip": CLIP}.items()}
+LOG1M = {**NAMES, "momentum": Coordinate(SPACE["momentum"], log1m=True)}
+NEVER, ALWAYS = 1e2, 0.05  # clips of gradients whose norm is about 1
+STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
+RULES = {
+    "heavy-ball": UpdateRule(clip="clip"),
+    "nesterov": UpdateRule(nesterov=True, clip="clip"),
+    "adam": UpdateRule("adam", clip="clip"),
+    "adamw": UpdateRule("adamw", clip="clip"),
+    # where eps is not small against a gradient, Adam feels its clip
+    "adam, large eps": UpdateRule("adam", clip="clip", eps=1e-3),
+    "adamw, large eps": UpdateRule("adamw", clip="clip", eps=1e-3),
+}
 
 
-def central_difference(p: Problem, config: Mapping[str, Any], batches: Any, name: str) -> float:
-    coordinate = NAMES[name]
-    psi, h = coordinate.psi(config[name]), 3e-6 * coordinate.width
-    ends = [{**config, name: coordinate.value(psi + d)} for d in (h, -h)]
-    above, below = (lookahead_objective(p, end, batches) for end in ends)
-    return (above - below) / (2 * h)
+def derivative(objective: Callable[[float], float], psi: float, h: float) -> float:
+    """Central difference of fourth order."""
+    one, two = (objective(psi + k * h) - objective(psi - k * h) for k in (1, 2))
+    return (8 * one - two) / (12 * h)
 
 
-@pytest.mark.parametrize("clip", [1e3, 0.05])  # never and always active
-@pytest.mark.parametrize("kind", KINDS)
+def assert_gradient_of_objective(
+    p: Problem, config: Mapping[str, Any], xs: Coordinates, momentum: Momentum = "impulse", rel: float = 1e-7
+) -> dict[str, float]:
+    """Each component equals the difference at one of STEPS (bilinear interpolation has kinks between which small ones
+    fit) up to ``rel`` of itself or of a hundredth of the gradient; its value is returned."""
+    batches = p.draw(0)
+    gradient = lookahead(p, config, batches, xs, momentum).gradient
+    for name, x in xs.items():
+
+        def objective(psi: float, name: str = name, x: Coordinate = x) -> float:
+            return lookahead_objective(p, {**config, name: x.value(psi)}, batches, momentum)
+
+        scale = max(abs(gradient[name]), 0.01 * math.hypot(*gradient.values()))
+        errors = (abs(derivative(objective, x.psi(config[name]), h) - gradient[name]) / scale for h in STEPS)
+        assert any(error <= rel for error in errors), (name, gradient)
+    return gradient
+
+
+@pytest.mark.parametrize("clip", [NEVER, ALWAYS])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("make", [mlp, resnet])
-@pytest.mark.parametrize("seed", range(3))
-def test_gradient_is_that_of_the_objective(make, kind, clip, seed):
-    p = problem(build(make, nn.GELU, seed), update=UpdateRule(kind, nesterov=True, clip="clip"))
-    config, batches = {**sampled(seed), "clip": clip}, p.draw(0)
-    estimate = lookahead(p, config, batches, NAMES)
-    for name in NAMES:
-        expected = central_difference(p, config, batches, name)
-        # bilinear interpolation has kinks, hence no more digits for the augmentation
-        assert estimate.gradient[name] == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+@pytest.mark.parametrize(
+    ("seed", "act", "momentum", "xs"),
+    [(0, nn.GELU, "impulse", NAMES), (1, nn.Tanh, "first_step", NAMES), (2, nn.Tanh, "impulse", LOG1M)],
+)
+def test_gradient_is_that_of_the_objective(make, act, rule, clip, seed, momentum, xs):
+    p, config = problem(build(make, act, seed), update=RULES[rule]), {**sampled(seed), "clip": clip}
+    gradient = assert_gradient_of_objective(p, config, xs, momentum)
+    unfelt = {"momentum"} if "adam" in rule or (rule, momentum) == ("heavy-ball", "first_step") else set()
+    unfelt |= {"clip"} if clip == NEVER else set()
+    assert {name for name, v in gradient.items() if v == 0.0} == unfelt
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_update_does_not_feel_has_a_gradient_of_exactly_zero(kind):
-    p = problem(build(mlp, nn.GELU, 0), update=UpdateRule(kind, clip="clip"))
-    gradient = lookahead(p, {**sampled(0), "clip": 100.0}, p.draw(0), NAMES).gradient
-    assert gradient["clip"] == 0.0
-    assert (gradient["momentum"] == 0.0) == (kind != "sgd")
+@pytest.mark.parametrize("clip", [None, ALWAYS])
+@pytest.mark.parametrize("rule", ["nesterov", "adam", "adamw"])
+def test_gradient_without_weight_decay_and_with_a_constant_clip(rule, clip):
+    update = dataclasses.replace(RULES[rule], wd=0.0, clip=clip)
+    xs = {name: x for name, x in NAMES.items() if name not in ("wd", "clip")}
+    assert_gradient_of_objective(problem(build(mlp, nn.GELU, 3), update=update), sampled(3), xs)
 
 
+class TwoHeads(nn.Module):
+    """The training loss does not reach ``probed``, the probe loss not ``trained``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.trained, self.probed = nn.Linear(64, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, probing: bool = False) -> Tensor:
+        return (self.probed if probing else self.trained)(self.body(x.flatten(1)).tanh())
+
+
+@pytest.mark.parametrize("clip", [NEVER, ALWAYS])
+@pytest.mark.parametrize("rule", ["heavy-ball", "adam, large eps", "adamw, large eps"])
+def test_weights_that_only_one_of_the_losses_depends_on(rule, clip):
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    model.body.bias.requires_grad_(False)
+    p = problem(model, update=RULES[rule], probe_loss=lambda net, b: nnf.cross_entropy(net(b[0], probing=True), b[1]))
+    config = {**sampled(4), "clip": clip}
+    assert_gradient_of_objective(p, config, NAMES)
+    g = _gradient(p, config, p.draw(0)[0])
+    assert set(_direction(p, config, g)) == {"body.weight", "trained.weight", "trained.bias"}  # no decay of the others
+
+
+@pytest.mark.parametrize("clip", [1e-9, 0.0, None])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_a_gradient_of_zero_is_no_division_by_zero(kind, clip):
+    model = nn.Linear(4, 2).double()
+    p = Problem(model, lambda net, x, z: 0.0 * net(x).sum(), lambda net, x: net(x).square().sum(),
+                lambda step: (torch.ones(3, 4).double(),) * 2, UpdateRule(kind, clip="clip"))  # fmt: skip
+    config = {"lr": 0.1, "wd": 1e-3, "momentum": 0.5, "clip": clip}
+    xs = {name: NAMES[name] for name in ("lr", "wd", "momentum", "clip")[: 3 if not clip else 4]}
+    estimate = lookahead(p, config, p.draw(0), xs)
+    assert estimate.not_finite == []
+    assert estimate.gradient["lr"] != 0.0  # the decay
+
+
+def test_direct_knows_that_no_clip_is_felt_and_asks_no_differences():
+    passes = []
+
+    def loss(net: Any, batch: Any, z: Mapping[str, Tensor]) -> Tensor:
+        passes.append(1)
+        return nnf.cross_entropy(net(batch[0]), batch[1])
+
+    p = problem(build(mlp, nn.GELU, 0), train_loss=loss, update=RULES["adam"], differentiable=(), linear=())
+    xs = {name: NAMES[name] for name in ("lr", "wd", "momentum", "clip")}
+    gradient = direct(p, {**sampled(0), "clip": ALWAYS}, p.draw(0), xs).gradient
+    assert [name for name, v in gradient.items() if v == 0.0] == ["lr", "momentum", "clip"]
+    assert len(passes) == 1
+
+
+# ---- the update, against torch.optim
+
+
+def groups(p: Problem, wd: float) -> list[dict[str, Any]]:
+    named = p.model.named_parameters()
+    return [{"params": [w], "weight_decay": wd if p.decayed(name) else 0.0} for name, w in named]
+
+
+def backward(p: Problem, config: Mapping[str, Any], clip: float) -> None:
+    """``.grad`` as a trial has it: of the training loss, clipped."""
+    z = {name: torch.tensor(config[name], dtype=torch.float64) for name in p.differentiable}
+    p.train_loss(p.model, p.draw(0)[0], z).backward()
+    assert (clip_grad_norm_(p.model.parameters(), clip) > clip) == (clip == ALWAYS)
+
+
+def assert_moved(p: Problem, optimizer: Any, expected: Mapping[str, Tensor]) -> None:
+    """A step of ``optimizer`` moves the weights by ``expected``."""
+    theta0 = {name: w.detach().clone() for name, w in p.model.named_parameters()}
+    optimizer.step()
+    assert set(expected) == set(theta0)
+    for name, w in p.model.named_parameters():
+        torch.testing.assert_close(w.detach() - theta0[name], expected[name], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("clip", [NEVER, ALWAYS])
 @pytest.mark.parametrize("wd", [0.0, 0.02])
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
-def test_the_update_is_torchs_when_its_second_moment_is_the_mean_square_of_the_tensor(kind, wd):
-    model = build(resnet, nn.GELU, 1)
-    p = problem(model, update=UpdateRule(kind), decayed=lambda name: True)
+@pytest.mark.parametrize("make", [mlp, resnet])
+def test_the_update_is_torchs_when_its_second_moment_is_the_mean_square_of_the_tensor(make, kind, wd, clip):
+    p = problem(build(make, nn.GELU, 1), update=UpdateRule(kind, clip=clip))
     config = {**sampled(1), "wd": wd, "momentum": 0.8}
-    g = _gradient(p, config, p.draw(0)[0])
-    u = _direction(p, config, g)
-    theta0 = {name: w.detach().clone() for name, w in model.named_parameters()}
-    optimizer: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](
-        model.parameters(), config["lr"], betas=(0.8, 0.9), weight_decay=wd
-    )
-    for name, w in model.named_parameters():
-        w.grad = g[name].clone()
-        fed = g[name] + wd * w.detach() if kind == "adam" else g[name]  # what the moments are made of
-        mean_square = fed.square().mean()
-        optimizer.state[w] = {  # after 9 steps, such that the 10th has the moments `fed` and `mean_square`
+    first, second = p.draw(0)
+    u = _direction(p, config, _gradient(p, config, first))
+    expected = lookahead_objective(p, config, (first, second), "impulse")
+    backward(p, config, clip)
+    make_optimizer: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    optimizer = make_optimizer(groups(p, wd), config["lr"], betas=(0.8, 0.9))
+    for name, w in p.model.named_parameters():
+        assert w.grad is not None
+        fed = w.grad + wd * w.detach() if kind == "adam" and p.decayed(name) else w.grad
+        optimizer.state[w] = {  # after 9 steps, such that the 10th has the moments fed and mean(fed^2), bias-corrected
             "step": torch.tensor(9.0),
             "exp_avg": ((1 - 0.8**10) * fed - 0.2 * fed) / 0.8,
-            "exp_avg_sq": ((1 - 0.9**10) * mean_square - 0.1 * fed.square()) / 0.9,
+            "exp_avg_sq": ((1 - 0.9**10) * fed.square().mean() - 0.1 * fed.square()) / 0.9,
         }
-    optimizer.step()
-    for name, w in model.named_parameters():
-        torch.testing.assert_close(theta0[name] - w.detach(), config["lr"] * u[name], rtol=1e-7, atol=1e-12)
+    assert_moved(p, optimizer, {name: -config["lr"] * t for name, t in u.items()})
+    assert p.probe_loss(p.model, second).item() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("clip", [NEVER, ALWAYS])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_clipped_first_step_is_torchs(nesterov):
-    model = build(mlp, nn.GELU, 2)
-    p = problem(model, update=UpdateRule("sgd", nesterov=nesterov, clip=0.05), decayed=lambda name: True)
+@pytest.mark.parametrize("make", [mlp, resnet])
+def test_a_clipped_first_step_is_torchs(make, nesterov, clip):
+    p = problem(build(make, nn.GELU, 2), update=UpdateRule("sgd", nesterov=nesterov, clip=clip))
     config = {**sampled(2), "momentum": 0.7}
-    g = _gradient(p, config, p.draw(0)[0])
-    u = _direction(p, config, g)
-    theta0 = {name: w.detach().clone() for name, w in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), config["lr"], 0.7, weight_decay=config["wd"], nesterov=nesterov)
-    for name, w in model.named_parameters():
-        w.grad = g[name].clone()
-    assert nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
-    optimizer.step()
-    gain = p.update.gain(0.7, "first_step")[0]
-    for name, w in model.named_parameters():
-        torch.testing.assert_close(theta0[name] - w.detach(), config["lr"] * gain * u[name], rtol=1e-9, atol=1e-14)
-
-
-def test_a_gradient_of_zero_gives_no_nan():
-    model = nn.Linear(4, 2).double()
-    nn.init.zeros_(model.weight)
-    p = Problem(model, lambda net, x, z: 0.0 * net(x).sum(), lambda net, x: net(x).square().sum(),
-                lambda step: (torch.ones(3, 4).double(),) * 2, UpdateRule("adam", wd=0.0))  # fmt: skip
-    estimate = lookahead(p, {"lr": 0.1}, p.draw(0), {"lr": NAMES["lr"]})
-    assert math.isfinite(estimate.gradient["lr"])
+    first, second = p.draw(0)
+    u = _direction(p, config, _gradient(p, config, first))
+    expected = lookahead_objective(p, config, (first, second), "first_step")
+    backward(p, config, clip)
+    optimizer = torch.optim.SGD(groups(p, config["wd"]), config["lr"], 0.7, nesterov=nesterov)
+    gain = 1.7 if nesterov else 1.0
+    assert_moved(p, optimizer, {name: -config["lr"] * gain * t for name, t in u.items()})
+    assert p.probe_loss(p.model, second).item() == pytest.approx(expected, rel=1e-12)
 
 
 # ---- several processes
 
 
-class Meeting:
-    """``average`` of two threads that call it in step."""
+class Meeting(Exception):
+    """A process waits in ``average`` with its ``tensors``."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+Work = Callable[[Callable[[list[Tensor]], None]], Any]
+
+
+def up_to_meeting(work: Work, means: list[list[Tensor]]) -> Any:
+    """The result of ``work(average)``, or the Meeting after those whose ``means`` are known."""
+    known = iter(means)
+
+    def average(tensors: list[Tensor]) -> None:
+        assert all(tensor.is_contiguous() for tensor in tensors)  # torch.distributed asks for it
+        found = next(known, None)
+        if found is None:
+            raise Meeting([tensor.clone() for tensor in tensors])
+        for tensor, mean in zip(tensors, found, strict=True):
+            tensor.copy_(mean)
+
+    try:
+        return work(average)
+    except Meeting as meeting:
+        return meeting
+
+
+def in_step(*works: Work) -> list[Any]:
+    """The results of processes that meet in ``average``. They are run in turns, from their beginning to the next
+    meeting: two threads would tread on each other's generator and attention kernels, which are global in torch."""
+    means: list[list[Tensor]] = []
+    while True:
+        states = [up_to_meeting(work, means) for work in works]
+        meetings = [state for state in states if isinstance(state, Meeting)]
+        if not meetings:
+            return states
+        assert len(meetings) == len(states)  # nobody waits for somebody who has finished
+        brought = zip(*(meeting.tensors for meeting in meetings), strict=True)
+        means.append([torch.stack(tensors).mean(0) for tensors in brought])
+
+
+class Shifted(nn.Module):
+    """LayerNorm, and a weight whose gradient autograd returns expanded."""
 
     def __init__(self) -> None:
-        self.barrier, self.brought = threading.Barrier(2), {}  # type: ignore[var-annotated]
+        super().__init__()
+        self.norm, self.head, self.shift = nn.LayerNorm(64), nn.Linear(64, 4), nn.Parameter(torch.randn(3))
 
-    def average(self, rank: int, tensors: list[Tensor]) -> None:
-        self.brought[rank] = [tensor.clone() for tensor in tensors]
-        self.barrier.wait(30)
-        for tensor, *both in zip(tensors, self.brought[0], self.brought[1], strict=True):
-            tensor.copy_((both[0] + both[1]) / 2)
-        self.barrier.wait(30)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x.flatten(1))).sin() * self.shift.sum()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("estimator", ["lookahead", "direct", "finite_difference"])
-def test_two_processes_with_half_the_batch_each_agree_with_one(kind, estimator):
-    space, config = Space(SPACE), sampled(3)
+def shifted(act: type[nn.Module]) -> nn.Module:
+    return Shifted()
+
+
+@pytest.mark.parametrize("make", [mlp, shifted])
+@pytest.mark.parametrize("rule", ["nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("estimator", ["lookahead", "direct", "finite_difference", "random"])
+def test_two_processes_with_half_the_batch_each_agree_with_one(make, rule, estimator):
+    space, config = Space({**SPACE, "clip": CLIP}), {**sampled(3), "clip": ALWAYS}
     settings = Settings(estimator=estimator, step="normalized", eta=0.1)
+    model = build(make, nn.GELU, 3)
+    pair = problem(model).draw(0)
 
-    models = [build(mlp, nn.GELU, 3) for _ in range(3)]  # not in the threads: they would share torch's generator
+    def result(rows: slice, **changes: Any) -> dict[str, float]:
+        p = problem(model, update=RULES[rule], h=0.05, draw=lambda step: tuple(tuple(t[rows] for t in b) for b in pair),
+                    **changes)  # fmt: skip
+        found = warm_start(config, space, p, settings, rng(0, "test"))
+        assert (found.estimator, found.fallback) == (estimator, None)
+        assert found.loss is not None
+        return {**found.gradient, "loss": found.loss} | {f"new {name}": v for name, v in found.config.items()}
 
-    def result(rank: int, **changes: Any) -> dict[str, float]:
-        p = problem(models[rank], update=UpdateRule(kind, clip=0.1), **changes)
-        found = warm_start(config, space, p, settings)
-        assert found.fallback is None
-        return {**found.gradient, "loss": float(found.loss or 0), "lr": found.config["lr"]}
-
-    whole = problem(models[2]).draw(0)
-    meeting, results = Meeting(), {}
-    halves = [[tuple(part[rank * 6 : rank * 6 + 6] for part in batch) for batch in whole] for rank in (0, 1)]
-
-    def process(rank: int) -> None:
-        average = lambda tensors: meeting.average(rank, tensors)  # noqa: E731
-        results[rank] = result(rank, draw=lambda step: tuple(halves[rank]), average=average)
-
-    other = threading.Thread(target=process, args=(1,))
-    other.start()
-    process(0)
-    other.join()
-    assert results[0] == results[1]
-    rel = 1e-6 if estimator == "finite_difference" else 1e-9  # whose small denominators amplify rounding
-    assert results[0] == pytest.approx(result(2), rel=rel, abs=1e-9)
+    halves = in_step(
+        lambda average: result(slice(None, 6), average=average), lambda average: result(slice(6, None), average=average)
+    )
+    assert halves[0] == halves[1]
+    assert halves[0] == pytest.approx(result(slice(None)), rel=1e-10, abs=1e-13)
+    assert halves[0] != pytest.approx(result(slice(None, 6)), rel=1e-3)  # the other half matters
 
 
 # ---- objectives without gradients
@@ -178,10 +308,19 @@ def test_an_objective_is_differenced_whatever_is_asked_for(estimator):
     assert record["estimator"] == (estimator if estimator == "random" else "finite_difference")
     assert (record["fallback"] is None) == (estimator == "finite_difference")
     if record["fallback"]:
-        assert "trees have none" in record["fallback"]
+        assert record["fallback"] == f"{estimator}: missing gradient: trees have none"
     assert result.gradient == pytest.approx({"a": 2 * (0.3 - 1), "b": 1.0})
     assert record["length"] == pytest.approx(0.1)
     assert (result.config["depth"], result.config["kind"]) == (4, "x")
+    assert all(result.config[name] != X[name] for name in ("a", "b"))
+    assert warm_start(X, MIXED, trees(), dataclasses.replace(settings, mask=("a",)), rng(0, "test")).config["a"] == 0.3
+
+
+@pytest.mark.parametrize("estimator", ["lookahead", "finite_difference", "random"])
+def test_an_objective_of_integers_and_choices_only_moves_nothing(estimator):
+    space = Space({name: MIXED[name] for name in ("depth", "kind")})
+    result = warm_start(X, space, trees(), Settings(estimator=estimator, step="sign", eta=0.1), rng(0, "test"))
+    assert (result.config, result.gradient, result.record()["length"]) == (X, {}, 0.0)
 
 
 def test_two_points_of_an_objective_are_a_tenth_of_the_range_apart():
@@ -196,11 +335,17 @@ def test_two_points_of_an_objective_are_a_tenth_of_the_range_apart():
     assert result.gradient["a"] == pytest.approx(20)
 
 
-def test_an_objective_that_is_not_finite_leaves_x_alone():
-    result = warm_start(X, MIXED, trees(lambda config, step: math.nan), Settings(step="normalized", eta=0.1))
-    assert result.config == X
-    assert result.estimator == "none"
-    assert "not finite" in str(result.fallback)
+@pytest.mark.parametrize("estimator", ["lookahead", "finite_difference", "random"])
+@pytest.mark.parametrize(
+    "value",
+    [lambda config, step: math.nan, lambda config, step: math.inf if config["a"] > 0.3 else 1.0,
+     lambda config, step: math.nan if step else config["a"]],
+)  # fmt: skip
+def test_an_objective_that_is_not_finite_leaves_x_alone(value, estimator):
+    settings = Settings(estimator=estimator, step="normalized", eta=0.1, n_steps=2)
+    result = warm_start(X, MIXED, trees(value), settings, rng(0, "test"))
+    assert (result.config, result.estimator) == (X, "none")
+    assert "finite_difference: not finite: " in str(result.fallback)
 
 
 def test_every_step_of_an_objective_has_its_own_number():
@@ -213,49 +358,70 @@ def test_every_step_of_an_objective_has_its_own_number():
 # ---- attention
 
 
-class Attention(nn.Module):
-    """A causal transformer layer on token embeddings."""
+class Block(nn.Module):
+    """A causal transformer block on token embeddings, and a head; it notes which attention kernels it may use."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.norm, self.head = nn.Linear(16, 48), nn.LayerNorm(16), nn.Linear(16, 4)
+        self.norm1, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.norm2, self.mlp = nn.LayerNorm(16), nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 4)
+        self.fused: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
-        y = nnf.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        return self.head((x + y).mean(1))
+        self.fused.append(torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled())
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        y = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(self.norm2(x))).mean(1))
 
 
-def attention_problem(dtype: torch.dtype) -> Problem:
+def noisy_loss(net: Any, batch: Any, z: Mapping[str, Tensor]) -> Tensor:
+    """Not linear in the noise."""
+    return nnf.cross_entropy(net(batch[0] + z["augmentation"] * batch[2]), batch[1])
+
+
+def attention_problem(dtype: torch.dtype, kind: Any = "adamw") -> Problem:
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
+    model, generator = Block().to(dtype), torch.Generator().manual_seed(1)
 
     def one() -> Any:
-        x = torch.randn(6, 10, 16, generator=generator).to(dtype)
-        return x, torch.randint(4, (6,), generator=generator), torch.randn(6, 10, 16, generator=generator).to(dtype)
+        x, noise = torch.randn(2, 6, 10, 16, generator=generator, dtype=torch.float64).to(dtype)
+        return x, torch.randint(4, (6,), generator=generator), noise
 
     pair = one(), one()
-
-    def loss(net: Any, batch: Any, z: Mapping[str, Tensor]) -> Tensor:
-        return nnf.cross_entropy(net(batch[0] + z["augmentation"] * batch[2]), batch[1])
-
-    return Problem(Attention().to(dtype), loss, lambda net, b: nnf.cross_entropy(net(b[0]), b[1]), lambda step: pair,
-                   UpdateRule("adamw"), differentiable=("augmentation",))  # fmt: skip
+    return Problem(model, noisy_loss, lambda net, b: nnf.cross_entropy(net(b[0]), b[1]), lambda step: pair,
+                   UpdateRule(kind), differentiable=("augmentation",))  # fmt: skip
 
 
-def test_attention_has_second_derivatives_in_a_warm_start():
-    p, config = attention_problem(torch.float64), {"lr": 0.1, "wd": 1e-3, "augmentation": 0.4}
-    gradient = lookahead(p, config, p.draw(0), coordinates(names=("lr", "wd", "augmentation"))).gradient
-    for name, value in gradient.items():
-        assert value == pytest.approx(central_difference(p, config, p.draw(0), name), rel=1e-6, abs=1e-9), name
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_attention_has_second_derivatives_in_a_warm_start(kind):
+    p, config = attention_problem(torch.float64, kind), {"lr": 0.1, "wd": 1e-3, "augmentation": 0.4}
+    gradient = assert_gradient_of_objective(p, config, coordinates(names=("lr", "wd", "augmentation")), rel=1e-8)
+    assert gradient["augmentation"] != 0.0
+    assert not any(p.model.fused)  # type: ignore[arg-type]
 
 
-def test_the_loss_of_a_warm_start_is_that_of_the_fused_kernel():
-    p, config = attention_problem(torch.float32), {"lr": 0.0, "augmentation": 0.4}
+def test_the_fused_kernel_of_training_has_no_second_derivative():
+    p = attention_problem(torch.float32)
+    z = {"augmentation": torch.tensor(0.4, requires_grad=True)}
+    loss = p.train_loss(p.model, p.draw(0)[0], z)
+    g = torch.autograd.grad(loss, list(p.model.parameters()), create_graph=True)
+    assert p.model.fused == [True]
+    with pytest.raises(RuntimeError, match="derivative for"):
+        torch.autograd.grad(torch.stack([t.sum() for t in g]).sum(), z["augmentation"])
+
+
+def test_the_losses_of_a_warm_start_are_those_of_the_fused_kernel():
+    p, config = attention_problem(torch.float32), {"lr": 0.0, "wd": 0.0, "augmentation": 0.4}
     first, second = p.draw(0)
     with torch.no_grad():
-        fused = p.probe_loss(p.model, second).item()  # at lr = 0 theta1 is theta0
-    assert lookahead_objective(p, config, (first, second)) == pytest.approx(fused, rel=1e-5)
+        trained = p.train_loss(p.model, first, {"augmentation": torch.tensor(0.4)}).item()
+        probed = p.probe_loss(p.model, second).item()
+    assert p.model.fused == [True, True]
+    assert direct(p, config, (first, second), {}).loss == pytest.approx(trained, rel=1e-6)
+    assert lookahead_objective(p, config, (first, second)) == pytest.approx(probed, rel=1e-6)  # theta1 is theta0
+    assert p.model.fused[2:] == [False] * 3
 
 
 def test_h_of_a_problem_takes_the_place_of_the_precisions():
