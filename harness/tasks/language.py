@@ -358,9 +358,10 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _reproducible_attention() -> None:
     """Fused attention on a GPU sums its gradients in another order every time unless told not to; a resumed trial must
-    equal an uninterrupted one bit for bit. ``warn_only``: what has no deterministic form may run."""
+    equal an uninterrupted one bit for bit. ``warn_only``: what has no deterministic form may run. The public
+    ``torch.use_deterministic_algorithms`` does the same and imports the compiler first, 4 s for every worker."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs, and is no need
 
 

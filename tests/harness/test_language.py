@@ -88,9 +88,11 @@ def test_pythons_help_is_some_english_without_repeated_paragraphs():
 
 def test_building_a_task_imports_neither_the_topics_nor_the_compiler():
     code = (
-        "import sys; from harness.tasks import language, optimizers\n"
+        "import sys, torch; from harness.tasks import language, optimizers\n"
         "net = language.build('transformer_tiny', len(set(language.python_topics())), 8)\n"
         "optimizers.AdamW(net, {'wd': 0, 'lr': 1, 'momentum': 0, 'beta2': 0.9})\n"
+        "language._reproducible_attention()  # as on a GPU\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
         "print([m for m in ('pydoc_data', 'sklearn', 'torch._dynamo', 'torchvision') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parents[1], check=True)
