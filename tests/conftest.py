@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["NETRC"] = os.devnull  # tracker=auto must not find the account of whoever runs the tests
 os.environ.pop("WANDB_API_KEY", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two test processes share the cores
+
+
+class _ByFile(LoadScopeScheduling):
+    """Hands out whole files, for their tests share fixtures; the Slurm tests, which share a cluster, as if one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
 
 
 @pytest.fixture
