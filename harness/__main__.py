@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None, conf: Path = CONF) -> int:
 def _main(argv: list[str], conf: Path) -> int:
     options, overrides = _arguments(argv)
     if options.help:
-        print(help_page(Conf(conf)), end="")
+        print(help_page(Conf(conf), sweep.group_choices(overrides, Conf(conf))), end="")
         return 0
     if options.version:
         print(f"ohgw-harness {_version()}")
@@ -134,11 +134,19 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def help_page(source: Conf) -> str:
-    """Groups with their choices and default, then every key with default, type, range and meaning."""
-    composed = source.compose({})
-    groups = [f"  {group:<11}{_choices(source, group, composed.choices[group])}" for group in GROUPS]
-    keys = ["keys (with the defaults of these groups):", *_key_lines(composed.get)]
+def help_page(source: Conf, chosen: Mapping[str, str] | None = None) -> str:
+    """Groups with their choices and default, then every key with default, type, range and meaning; of a group in
+    ``chosen``, the keys that its choice has."""
+    chosen = chosen or {}
+    default, composed = source.compose({}), source.compose(chosen)
+    groups = [f"  {group:<11}{_choices(source, group, default.choices[group])}" for group in GROUPS]
+    words = " ".join(f"{group}={choice}" for group, choice in chosen.items())
+    title = (
+        f"keys of {words}"
+        if words
+        else "keys (with the defaults of these groups; --help task=NAME shows those of a task)"
+    )
+    keys = [f"{title}:", *_key_lines(composed.get, chosen)]
     return "\n".join([USAGE, "groups (* the default):", *groups, "", *keys, "", EXAMPLES])
 
 
@@ -146,9 +154,11 @@ def _choices(source: Conf, group: str, default: str | None) -> str:
     return ", ".join(choice + "*" * (choice == default) for choice in source.choices(group))
 
 
-def _key_lines(get: Any) -> Iterator[str]:
+def _key_lines(get: Any, chosen: Mapping[str, str]) -> Iterator[str]:
     for name, key in known_keys().items():
         exists, value = get(name)
+        if not exists and name.split(".")[0] in chosen:
+            continue
         default = f"={_default(value)}" if exists else ""
         possible = get(f"{name}s")[1] if name in ("task.model", "task.space") else None  # listed by the task's YAML
         yield f"  {name + default:<32}{key.help}{_range(key, possible)}"

@@ -16,7 +16,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision, TrialScheduler, Tri
 
 from harness.record import EventLog
 
-HIDDEN = ("test_score", "test_loss")  # recorded for the study, never shown to a scheduler
+HIDDEN = "test_"  # begins the name of what is recorded for the study and never shown to a scheduler
 NOT_GPU_TIME = ("test",)  # kinds of busy seconds that are left out of GPU-hours, for the same reason
 
 
@@ -281,4 +281,4 @@ class Recorder(TrialScheduler):
 
 
 def _visible(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in HIDDEN}
+    return {key: value for key, value in result.items() if not key.startswith(HIDDEN)}

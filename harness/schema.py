@@ -74,6 +74,23 @@ class Task:
     data_dir: str | None = option("folder of the data (taken literally, ~ expanded)")
     schedule: str = option("learning rate over a trial: constant, or half a cosine to 0", choices="constant cosine")
     precision: str = option("arithmetic of the training step", choices="auto fp32 bf16 fp16")
+    image_size: int = option("imagenet: pixels of the images, either way", min=8)
+    parts_per_pass: int = option("imagenet, language: epochs of a pass over the training data", min=1)
+    validation_share: float = option("imagenet: share of the training images to validate on", above=0, max=0.5)
+    loader_workers: int | None = option("imagenet: decoding processes of a worker; null: as many as its threads", min=0)
+    data: str = option("uci, xgboost: a set that scikit-learn ships, a CSV or TSV file, or openml:NAME[:VERSION]")
+    target: str | None = option("uci, xgboost: the target's column; null: the last one, or OpenML's default")
+    kind: str = option("uci, xgboost: what the target asks for", choices="auto classification regression")
+    header: bool = option("uci, xgboost: whether the file's first line names its columns (else: 0, 1, ...)")
+    categorical: list[str] = option("uci, xgboost: columns of numbers that are codes of categories")  # noqa: RUF009
+    metric: str = option("what task.tau and the scores are; uci, xgboost: accuracy, f1 (macro) or r2")
+    rounds_per_epoch: int = option("xgboost: boosting rounds between two reports", min=1)
+    warm_rounds: int | None = option(
+        "xgboost: rounds before the loss that a warm start differentiates; null: those of one epoch", min=1
+    )
+    context: int = option("language: tokens of a training window", min=2)
+    vocabulary: int = option("wikitext: number of words, the most frequent of the training part", min=3)
+    text_file: str | None = option("text: any file, by bytes (literal, ~ expanded); null: Python's own help topics")
 
 
 @dataclass
@@ -141,7 +158,7 @@ GROUPS: dict[str, type | None] = {  # in the order of --help; None: a group with
     "tracker": Tracker,
     "experiment": None,
 }
-LITERAL = frozenset({"name", "results_dir", "task.data_dir", "backend.store"}) | frozenset(
+LITERAL = frozenset({"name", "results_dir", "task.data_dir", "task.text_file", "backend.store"}) | frozenset(
     f"{group}.{key}"
     for group in ("backend", "launch")
     for key in ("partition", "account", "qos", "time", "gres", "mem")
@@ -149,7 +166,7 @@ LITERAL = frozenset({"name", "results_dir", "task.data_dir", "backend.store"}) |
 # Not part of a cell's identity (the hash), so two values of one of these would be the same cell.
 OUTSIDE_IDENTITY = (
     frozenset({"name", "results_dir", "save_model", "tracker", "launch"})
-    | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models"))
+    | frozenset(f"task.{key}" for key in ("tau", "taus", "data_dir", "data_files", "fetch", "models", "loader_workers"))
     | frozenset(f"backend.{key}" for key in ("store", "max_gib", "processes"))
     | frozenset(f"backend.{key}" for key in ("partition", "account", "qos", "time", "gres", "cpus", "mem", "extra"))
     | frozenset(f"backend.{key}" for key in ("setup", "host", "port", "signal", "signal_seconds"))

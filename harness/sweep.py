@@ -175,6 +175,11 @@ def make_plan(overrides: Sequence[str], conf: Path = CONF) -> Plan:
     return plan
 
 
+def group_choices(overrides: Sequence[str], source: Conf) -> dict[str, str]:
+    """The first choice of each group that a command line names. Errors: UserError for a wrong word."""
+    return {key: override.texts[0] for key, override in _parse_all(overrides, source).items() if key in GROUPS}
+
+
 def check_data(plan: Plan) -> None:
     """UserError if a task's data are not there, with the command that fetches them. Called only before a run."""
     for task in {json.dumps(cell.config["task"]): cell.config["task"] for cell in plan.cells}.values():

@@ -55,7 +55,8 @@ def prepare(settings: Mapping[str, Any], device: str) -> None:
         raise UserError(f"ohgw.batch_size={asked} is more than the {possible} examples this task has for a warm start")
     x = task.space.sample(rng(0, "prepare"))
     training = task.start(x, 0)
-    warm_start_flops(x, task, training, settings, 0, one_warm_start(x, task, training, settings, 0).estimator)
+    if counts_flops(training, settings):
+        warm_start_flops(x, task, training, settings, 0, one_warm_start(x, task, training, settings, 0).estimator)
 
 
 def run(ctx: TrialContext) -> None:
@@ -143,8 +144,15 @@ def one_epoch(ctx: TrialContext, training: Run, clock: "Clock") -> dict[str, Any
         "validation_loss": validation["loss"],
         "validation_score": validation["score"],
         "test_score": test["score"],
+        **_more("validation", validation),
+        **_more("test", test),
         "flops": {"train": trained["flops"]},
     }
+
+
+def _more(part: str, scores: Mapping[str, float]) -> dict[str, float]:
+    """What a task says of ``part`` besides loss and score, as ``test_f1``."""
+    return {f"{part}_{name}": value for name, value in scores.items() if name not in ("loss", "score")}
 
 
 def warm_start(
@@ -180,12 +188,21 @@ def warm_start_flops(
     calls it and otherwise off the clock (the count belongs to the study, not to the method), on a few examples: those
     of convolutions and matrix products are proportional to the batch size."""
     key = (json.dumps([settings["task"], settings["ohgw"]], sort_keys=True), estimator)
+    if not counts_flops(training, settings):
+        return 0
     if key not in _flops_per_example:
         from harness.ohgw import count_flops
 
         counted = count_flops(lambda: one_warm_start(x, task, training, settings, seed, batch_size=SAMPLE))
         _flops_per_example[key] = counted / SAMPLE
     return round(_flops_per_example[key] * settings["ohgw"]["batch_size"])
+
+
+def counts_flops(training: Run, settings: Mapping[str, Any]) -> bool:
+    """False where a warm start has no network (trees): no matrix products, and counting would do it all again."""
+    from harness.ohgw import Objective, Settings
+
+    return not isinstance(training.problem(Settings(**settings["ohgw"])), Objective)
 
 
 def better(score: float, best: float | None, mode: str) -> bool:

@@ -1,35 +1,36 @@
-"""Images a second of the CIFAR-10 ResNet-20 training loop, against the usual one and against computation alone.
+"""What a task's training loop does in a second, against the loop people would write and against computation alone.
 
-    uv run python scripts/bench_train.py --data-dir ~/data            # all CPUs of this process
-    OMP_NUM_THREADS=1 uv run python scripts/bench_train.py --data-dir ~/data --loader-workers 0
+    uv run python scripts/bench_train.py task=cifar10 task.data_dir=~/data     # any task, and overrides of the harness
+    OMP_NUM_THREADS=1 uv run python scripts/bench_train.py task=digits --loader-workers 0
 
-usual    torchvision's CIFAR10, RandomCrop(32, 4), RandomHorizontalFlip, ToTensor, Normalize, DataLoader, torch's SGD
-ours     harness.tasks.vision: crop and flip as above; on top rotation, scaling, translation, contrast and brightness
-compute  the steps of ours on one batch that stays where it is
+usual    the loop that people write for such a task (scripts/plain_loops/), with torch's or the field's own tools
+ours     the task's own loop, as trials run it
+compute  the steps of ours on one batch that stays where it is (tasks of mini-batches)
 
-All arms share the process, its CPUs and threads, the model and the batch size; they take turns, each beginning with
-untimed steps (the DataLoader's queue is then in balance). Printed: images a second, median [least, most] of the
-repeats, and the same of the ratios within a repeat.
+All arms share the process, its CPUs and threads, the model, the batch size and the configuration, which is the middle
+of the search space; they take turns, each beginning with untimed steps (the DataLoader's queue is then in balance).
+Printed: units a second, median [least, most] of the repeats, and the same of the ratios within a repeat.
 """
 
 import argparse
+import copy
+import importlib
 import itertools
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import yaml
 
-from harness.tasks import load_task, models
-from harness.tasks.vision import Batch, ImageRun, ImageTask
+from backends.context import UserError
+from harness.space import Categorical, Float, Space
+from harness.sweep import check_data, make_plan
+from harness.tasks import load_task
+from harness.tasks.supervised import SupervisedTask
 
-CONFIG = {"lr": 0.1, "momentum": 0.9, "wd": 1e-4, "augmentation": 0.5, "label_smoothing": 0.1}
-TASK = Path(__file__).parents[1] / "conf" / "task" / "cifar10.yaml"
 Timer = Callable[[], bool]  # called before every step; true when the last timed step is done
 
 
@@ -56,107 +57,82 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class OneBatch(ImageRun):
-    """A run whose every batch is the same tensor."""
+def middle(space: Space) -> dict[str, Any]:
+    """The configuration in the middle of ``space``; of categoricals, the first choice."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.batch = next(super()._batches())
+    def value(domain: Any) -> Any:
+        if isinstance(domain, Categorical):
+            return domain.choices[0]
+        if isinstance(domain, Float):
+            return domain.from_unit(0.5)
+        return round((domain.lower * domain.upper) ** 0.5 if domain.log else (domain.lower + domain.upper) / 2)
 
-    def _batches(self) -> Iterator[Batch]:
-        return itertools.repeat(self.batch)
-
-
-def usual(data_dir: str, batch_size: int, loader_workers: int, device: torch.device) -> Callable[[Timer], None]:
-    """The loop of most CIFAR-10 repositories."""
-    from torchvision import datasets, transforms
-
-    recipe = transforms.Compose([
-        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    ])  # fmt: skip
-    data = datasets.CIFAR10(data_dir, train=True, transform=recipe)
-    kept: Any = {"persistent_workers": loader_workers > 0, "pin_memory": device.type == "cuda"}
-    loader: Any = torch.utils.data.DataLoader(
-        data, batch_size, shuffle=True, drop_last=True, num_workers=loader_workers, **kept
-    )
-    net = models.build("resnet20", 3, 32, 10).to(device)
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=CONFIG["lr"], momentum=CONFIG["momentum"], weight_decay=CONFIG["wd"]
-    )
-
-    def epochs() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    batches = epochs()
-
-    def train(finished: Timer) -> None:
-        net.train()
-        while not finished():
-            images, labels = next(batches)
-            loss = F.cross_entropy(net(images.to(device)), labels.to(device), label_smoothing=CONFIG["label_smoothing"])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    return train
+    return {**{name: value(domain) for name, domain in space.domains.items()}, **space.constants}
 
 
-def arms(options: argparse.Namespace, spec: dict[str, Any], device: torch.device) -> dict[str, Callable[[Timer], Any]]:
-    found: dict[str, Callable[[Timer], Any]] = {
-        "usual fp32": usual(options.data_dir, spec["batch_size"], options.loader_workers, device)
-    }
-    task = load_task(spec, str(device))
-    assert isinstance(task, ImageTask)
-    fast = task.autocast
-    for name, dtype in {"fp32": None, str(fast).removeprefix("torch."): fast}.items():
-        if name == "None":
-            continue
-        for kind, run in {"ours": ImageRun(task, CONFIG, 0), "compute": OneBatch(task, CONFIG, 0)}.items():
-            found[f"{kind} {name}"] = with_precision(run, dtype)
+def arms(
+    spec: Mapping[str, Any], config: dict[str, Any], device: torch.device, loader_workers: int
+) -> dict[str, Callable[[Timer], Any]]:
+    """The loops by name. ``usual`` runs in fp32; ours also in the precision that the task would choose."""
+    plain = plain_loops(spec)
+    found = {"usual fp32": plain.plain_loop(spec, config, device, loader_workers)}
+    task: Any = load_task(spec, str(device))
+    if not isinstance(task, SupervisedTask):
+        return found | {"ours fp32": lambda timer: train(task, config, timer)}
+    for dtype in dict.fromkeys([None, task.autocast]):
+        name = "fp32" if dtype is None else str(dtype).removeprefix("torch.")
+        for kind, chosen in {"ours": task, "compute": on_one_batch(task, config)}.items():
+            chosen = copy.copy(chosen)
+            chosen.autocast = dtype
+            found[f"{kind} {name}"] = lambda timer, chosen=chosen: train(chosen, config, timer)
     return found
 
 
-def with_precision(run: ImageRun, dtype: torch.dtype | None) -> Callable[[Timer], Any]:
-    def train(finished: Timer) -> None:
-        run.task.autocast = dtype
-        run.train_epoch(finished)
-
-    return train
+def plain_loops(spec: Mapping[str, Any]) -> Any:
+    """The module of the family's usual loop."""
+    return importlib.import_module(f"scripts.plain_loops.{spec['_target_'].split('.')[-2]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder with cifar-10-batches-py")
-    parser.add_argument(
-        "--steps", type=int, default=20, help="timed steps of an arm and repeat; a multiple of 10 (default 20)"
-    )
-    parser.add_argument("--untimed", type=int, default=10, help="steps before them (default 10)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--loader-workers", type=int, default=2, help="DataLoader processes of the usual loop (default 2)"
-    )
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    options.data_dir = os.path.expanduser(options.data_dir)
+def train(task: Any, config: Mapping[str, Any], timer: Timer) -> None:
+    """Epochs of a new run until the time is taken."""
+    run = task.start(config, 0)
+    while run.train_epoch(timer) is not None:
+        pass
+
+
+def on_one_batch(task: SupervisedTask, config: Mapping[str, Any]) -> SupervisedTask:
+    """The task with one batch for ever."""
+    task = copy.copy(task)
+    batch = next(task.batches(task.completed(config), 0, 0))
+    task.batches = lambda *_: itertools.repeat(batch)  # type: ignore[method-assign]
+    return task
+
+
+def bench(words: Sequence[str], options: argparse.Namespace) -> None:
+    """Errors: UserError."""
+    plan = make_plan([*words, "ohgw=off"])
+    check_data(plan)
+    specs = {str(cell.config["task"]): cell.config["task"] for cell in plan.cells}
+    if len(specs) > 1:
+        raise UserError("one task at a time: give each key one value")
+    spec = next(iter(specs.values()))
     device = torch.device(options.device)
-    spec = yaml.safe_load(TASK.read_text())["task"] | {"data_dir": options.data_dir}
-
-    runs = arms(options, spec, device)
+    config = middle(Space.from_spec(spec["spaces"][spec["space"]]))
+    runs = arms(spec, config, device, options.loader_workers)
+    plain = plain_loops(spec)
+    amount = options.steps * plain.units_per_step(spec, config)
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats):
-        for name, train in runs.items():
+        for name, loop in runs.items():
             watch = Stopwatch(options.untimed, options.steps, device)
-            train(watch)
-            speeds[name].append(options.steps * spec["batch_size"] / watch.seconds)
-
-    print(f"ResNet-20, batch {spec['batch_size']}, {options.device}, torch {torch.__version__}")
+            loop(watch)
+            speeds[name].append(amount / watch.seconds)
+    print(f"{plan.cells[0].task}, {spec.get('model', '')}, {options.device}, torch {torch.__version__}")
     cpus, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    print(f"{cpus} CPUs, {threads} threads, {options.loader_workers} loader workers")
-    print(f"n = {options.repeats} repeats of {options.steps} steps; images a second")
+    print(f"{cpus} CPUs, {threads} threads, {options.loader_workers} loader workers; configuration {config}")
+    print(f"n = {options.repeats} repeats of {options.steps} steps; {plain.UNIT} a second")
     for name, values in speeds.items():
-        print(f"{name:14s} {statistics.median(values):8.0f}   [{min(values):.0f}, {max(values):.0f}]")
+        print(f"{name:18s} {statistics.median(values):10.4g}   [{min(values):.4g}, {max(values):.4g}]")
     for upper, lower in itertools.product(speeds, speeds):
         kind, _, precision = upper.partition(" ")
         if kind == "ours" and lower in ("usual fp32", f"compute {precision}"):
@@ -164,5 +140,33 @@ def main() -> None:
             print(f"{upper} / {lower}: {statistics.median(ratios):.2f}x   [{min(ratios):.2f}, {max(ratios):.2f}]")
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] task=NAME [task.key=value ...]",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of an arm and repeat (default 20)")
+    parser.add_argument("--untimed", type=int, default=10, help="steps before them (default 10)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--loader-workers", type=int, default=2, help="DataLoader processes of the usual loop (default 2)"
+    )
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    options, words = parser.parse_known_args()
+    for name in ("steps", "repeats"):
+        if getattr(options, name) < 1:
+            print(f"error: --{name} must be at least 1", file=sys.stderr)
+            return 2
+    try:
+        if stray := [word for word in words if word.startswith("-")]:
+            raise UserError(f"{stray[0]} is no option of this script; see --help")
+        bench(words, options)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

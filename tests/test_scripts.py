@@ -1,14 +1,11 @@
 """The scripts that print the project's figures still run (small), and print them."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
-
-DATA = os.environ.get("OHGW_DATA_DIR")
 
 
 def run(*words: str, environment: dict[str, str]) -> str:
@@ -64,7 +61,18 @@ def test_bench_warm_start(environment):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DATA is None, reason="OHGW_DATA_DIR, the folder with cifar-10-batches-py, is not set")
 def test_bench_train(environment):
-    words = ["--data-dir", str(DATA), "--steps", "10", "--repeats", "1", "--loader-workers", "0"]
-    assert "usual fp32" in run("bench_train.py", *words, environment=environment)
+    words = ["task=digits", "--steps", "3", "--untimed", "1", "--repeats", "1", "--loader-workers", "0"]
+    output = run("bench_train.py", *words, environment=environment)
+    assert "ours fp32 / usual fp32" in output
+    assert "images a second" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["task=cifar10"], ["task=nosuch"], ["task=digits", "--data-dir", "x"]])
+def test_bench_train_answers_mistakes_in_one_line(words, environment):
+    command = [sys.executable, "scripts/bench_train.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

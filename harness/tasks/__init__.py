@@ -5,9 +5,10 @@ A task is built from its YAML (``_target_`` names the class) and keeps its data 
 
     epoch                       epochs trained so far
     reconfigure(config)         before epoch 1: x' replaces x
-    problem(settings)           what OHGW needs at the initial weights, None if the task has no gradient
+    problem(settings)           what OHGW needs at the initial weights: a Problem; an Objective if there is no gradient
+                                but a loss to take differences of; None if the task cannot be warm-started
     train_epoch(should_stop)    {"train_loss", "train_score", "flops"}; None if it was stopped half-way
-    evaluate(part)              {"loss", "score"} of "validation" or "test"
+    evaluate(part)              {"loss", "score"} of "validation" or "test"; more keys, as "f1", are recorded too
     state_dict(), load_state_dict(state)
 """
 
@@ -20,7 +21,7 @@ from harness.instantiate import instantiate
 from harness.space import Space
 
 if TYPE_CHECKING:
-    from harness.ohgw import Problem, Settings
+    from harness.ohgw import Objective, Problem, Settings
 
 
 class Run(Protocol):
@@ -29,7 +30,7 @@ class Run(Protocol):
     epoch: int
 
     def reconfigure(self, config: Mapping[str, Any]) -> None: ...
-    def problem(self, settings: "Settings") -> "Problem | None": ...
+    def problem(self, settings: "Settings") -> "Problem | Objective | None": ...
     def train_epoch(self, should_stop: Callable[[], bool]) -> dict[str, Any] | None: ...
     def evaluate(self, part: str) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...

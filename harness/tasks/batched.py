@@ -4,9 +4,10 @@
         trial.reports       # per epoch, the keys of a trial's report (harness/trial.py, without its times)
         trial.failure       # None, or why epoch len(trial.reports) + 1 failed
 
-Each configuration has its own initial weights, batches, augmentation draws and hyperparameters, those of ``ImageRun``
-for the same seed, so that its curves equal the one-at-a-time trainer's up to the rounding of batched matrix products
-(which a learning rate at the edge of stability amplifies to another, equally likely curve, as another machine does).
+Each configuration has its own initial weights, batches, augmentation draws and hyperparameters, those that one at a
+time has for the same seed, so that its curves equal the one-at-a-time trainer's up to the rounding of batched matrix
+products (which a learning rate at the edge of stability amplifies to another, equally likely curve, as another machine
+does).
 The weights of all are stacked along a new first axis and ``vmap`` runs the network over it; the sum of the losses has
 every configuration's own gradient, so one that diverges does not touch the others. It leaves when its epoch has ended.
 """
@@ -23,7 +24,8 @@ from torch.func import functional_call, vmap
 
 from backends.context import UserError
 from harness.tasks import models
-from harness.tasks.vision import CHECK_EVERY, DEFAULTS, ImageTask, retouched, transforms
+from harness.tasks.supervised import CHECK_EVERY
+from harness.tasks.vision import MAGNITUDES, ImageTask, retouched, transforms
 
 MEMORY = 1 << 30  # bytes a chunk may take unless told otherwise
 LARGEST_CHUNK = 128  # beyond it nothing is gained, and the stacked weights leave the processor's cache
@@ -54,18 +56,29 @@ def train_batched(
     order, chunk by chunk.
 
     ``chunk``: how many at once; None: as many as fit in ``memory`` bytes by ``bytes_per_configuration``, 128 at most.
-    Errors: UserError for a task in mixed precision; ValueError if there are not as many seeds as configurations.
+    Errors: UserError for a task in mixed precision and for hyperparameters other than those of SGD and one augmentation
+    magnitude; ValueError if there are not as many seeds as configurations.
     """
     if task.autocast is not None:
         raise UserError("batched training is in full precision only: set task.precision=fp32")
     if len(configs) != len(seeds):
         raise ValueError(f"{len(configs)} configurations need as many seeds, not {len(seeds)}")
+    for config in configs:
+        _check(config)
     size = chunk or max(1, min(LARGEST_CHUNK, memory // bytes_per_configuration(task)))
     for start in range(0, len(configs), size):
         pairs = zip(configs[start : start + size], seeds[start : start + size], strict=True)
         trials = [TrainedTrial(dict(config), seed) for config, seed in pairs]
         _train_chunk(task, trials, epochs)
         yield from trials
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Errors: UserError for a hyperparameter that the batched trainer does not know."""
+    usual = {"optimizer": "sgd"}
+    for name in ("optimizer", "beta2", "clip", "schedule", "warmup", "batch_size", *MAGNITUDES):
+        if name in config and config[name] != usual.get(name):
+            raise UserError(f"batched training knows no hyperparameter {name}: choose task.space=study3 or study5")
 
 
 def bytes_per_configuration(task: ImageTask) -> int:
@@ -100,7 +113,7 @@ class Hyperparameters:
 
     @classmethod
     def of(cls, configs: Sequence[Mapping[str, Any]], like: Tensor) -> "Hyperparameters":
-        full = [{**DEFAULTS, **config} for config in configs]
+        full = list(configs)
         names = ("lr", "wd", "momentum", "augmentation", "label_smoothing")
         values = {name: like.new_tensor([float(config[name]) for config in full]) for name in names}
         return cls(**values, nesterov=like.new_tensor([config["nesterov"] for config in full], dtype=torch.bool))
@@ -129,7 +142,8 @@ class Stack:
         self.statistics = _stacked([dict(net.named_buffers()) for net in nets])
         self.momentum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.seeds = [trial.seed for trial in trials]
-        self.hyper = Hyperparameters.of([trial.config for trial in trials], next(nets[0].parameters()))
+        self.common = task.completed({"lr": 0.0})
+        self.hyper = Hyperparameters.of([task.completed(trial.config) for trial in trials], next(nets[0].parameters()))
 
     def keep(self, chosen: Sequence[int]) -> None:
         """Go on with these only."""
@@ -172,7 +186,7 @@ class Stack:
             logits = self.forward(images, own=True)
             loss = cross_entropies(logits, labels, self.hyper.label_smoothing)
             gradients = torch.autograd.grad(loss.sum(), list(self.weights.values()))
-            self._update(gradients, self.task.lr_factor(self.epoch, step))
+            self._update(gradients, self.task.lr_factor(self.common, self.epoch, step))
             losses.append(loss.detach())
             hits.append(logits.detach().argmax(2) == labels)
         self.epoch += 1
@@ -180,7 +194,7 @@ class Stack:
 
     @torch.no_grad()
     def evaluate(self, part: str) -> tuple[list[float], list[float]]:
-        """Mean cross-entropies and accuracies of all configurations on a part, as ``ImageRun.evaluate``."""
+        """Mean cross-entropies and accuracies of all configurations on a part, as ``SupervisedRun.evaluate``."""
         data, task = self.task.parts[part], self.task
         self.net.eval()
         n = len(self.seeds)
@@ -196,7 +210,7 @@ class Stack:
         """(configurations, batch, ...) images and labels of the coming epoch. One batch is augmented at a time: it has
         many images already, and more of them at once leave the processor's cache."""
         task, part = self.task, self.task.parts["train"]
-        pairs = [task.epoch_draws(seed, self.epoch) for seed in self.seeds]
+        pairs = [task.epoch_draws(self.common, seed, self.epoch) for seed in self.seeds]
         order, draws = (torch.stack(side).split(task.batch_size, dim=1) for side in zip(*pairs, strict=True))
         magnitude = self.hyper.augmentation.repeat_interleave(task.batch_size).unsqueeze(1)
         for chosen, drawn in zip(order, draws, strict=True):
@@ -206,7 +220,7 @@ class Stack:
 
     @torch.no_grad()
     def _update(self, gradients: Sequence[Tensor], lr_factor: float) -> None:
-        """A step of ``vision.Sgd`` for each configuration with its own lr, wd and momentum."""
+        """A step of ``Sgd`` for each configuration with its own lr, wd and momentum."""
         hyper = self.hyper
         nesterov = bool(hyper.nesterov.any())
         for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
@@ -248,7 +262,7 @@ def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor
 def _train_chunk(task: ImageTask, trials: Sequence[TrainedTrial], epochs: int) -> None:
     """Train all to the end or to their failure, and enter what they report."""
     stack, alive = Stack(task, trials), list(trials)
-    flops = task.flops_per_image * task.batch_size * task.steps_per_epoch
+    flops = task.flops_per_example * task.batch_size * task.steps_per_epoch(stack.common)
     for epoch in range(1, epochs + 1):
         if not alive:
             return

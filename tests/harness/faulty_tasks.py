@@ -3,24 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from harness.tasks.vision import Digits, ImageRun
+from harness.tasks.supervised import SupervisedRun
+from harness.tasks.vision import Digits
 
 
 class AlwaysRaises(Digits):
     """A broken task: no trial ever reports."""
 
-    def start(self, config: Mapping[str, Any], seed: int) -> ImageRun:
+    def start(self, config: Mapping[str, Any], seed: int) -> SupervisedRun:
         raise ZeroDivisionError("this task is broken")
 
 
 class Unlucky(Digits):
     """Trials fail in different ways, by the range that their momentum is in."""
 
-    def start(self, config: Mapping[str, Any], seed: int) -> ImageRun:
+    def start(self, config: Mapping[str, Any], seed: int) -> SupervisedRun:
         return _UnluckyRun(self, config, seed)
 
 
-class _UnluckyRun(ImageRun):
+class _UnluckyRun(SupervisedRun):
     def train_epoch(self, should_stop: Any) -> Any:
         kind = int(self.config["momentum"] / 0.99 * 6)
         print("momentum", self.config["momentum"])

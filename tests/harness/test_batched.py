@@ -13,7 +13,8 @@ from backends.context import TrialFailed, UserError, trial_seed
 from harness.seeds import rng
 from harness.tasks import batched, load_task
 from harness.tasks.batched import TrainedTrial, augment_many, bytes_per_configuration, cross_entropies, train_batched
-from harness.tasks.vision import Batch, Digits, ImageRun, ImageTask, augment, draw, smoothed_cross_entropy
+from harness.tasks.supervised import smoothed_cross_entropy
+from harness.tasks.vision import Batch, Digits, ImageTask, augment, draw
 from harness.trial import Clock, one_epoch
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
@@ -30,17 +31,12 @@ class PreciseDigits(Digits):
     def normalised(self, images: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         return super().normalised(images, torch.float64)
 
-    def epoch_draws(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        order, draws = super().epoch_draws(seed, epoch)
+    def epoch_draws(self, config: Mapping[str, Any], seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        order, draws = super().epoch_draws(config, seed, epoch)
         return order, draws.double()
 
-    def start(self, config: Mapping[str, Any], seed: int) -> ImageRun:
-        return PreciseRun(self, config, seed)
-
-
-class PreciseRun(ImageRun):
-    def _plain(self, part: str, chosen: Tensor, dtype: torch.dtype = torch.float64) -> Batch:
-        return super()._plain(part, chosen, torch.float64)
+    def plain(self, part: str, chosen: Tensor, dtype: torch.dtype = torch.float64) -> Batch:
+        return super().plain(part, chosen, torch.float64)
 
 
 def build(**changes: Any) -> ImageTask:

@@ -137,7 +137,17 @@ def test_help_names_every_group_choice_and_key(capsys):
     page = capsys.readouterr().out
     for word in (*GROUPS, *known_keys(), "cifar10", "digits*", "pasha", "exit codes", "--dry-run"):
         assert word in page, word
-    assert len(page.splitlines()) < 110
+    assert len(page.splitlines()) < 140
+
+
+def test_help_of_a_task_shows_its_keys_and_values(capsys):
+    assert main(["--help", "task=cifar10", "backend=simulated"]) == 0
+    page = capsys.readouterr().out
+    assert "keys of task=cifar10 backend=simulated:" in page
+    assert "task.model=resnet20" in page
+    assert "backend.charge_decisions=False" in page
+    assert "backend.partition" not in page  # of another backend
+    assert main(["--help", "task=nosuch"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import yaml
 
 from backends.context import TrialFailed, UserError
 from harness.ohgw import Settings
-from harness.tasks import load_task, models, vision
+from harness.tasks import data, load_task, models, optimizers, supervised, vision
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 CONFIG = {"lr": 0.1, "wd": 1e-3, "momentum": 0.9, "augmentation": 0.4, "label_smoothing": 0.1}
@@ -75,12 +75,12 @@ def test_digits_are_the_uci_digits_split_in_half_and_quarters_by_class(digits):
 
 def test_parts_are_disjoint_and_the_same_every_time():
     labels = torch.arange(100) % 10
-    first, second = vision.stratified_split(labels, 0.9, "name")
-    again, _ = vision.stratified_split(labels, 0.9, "name")
+    first, second = data.stratified_split(labels, 0.9, "name")
+    again, _ = data.stratified_split(labels, 0.9, "name")
     assert sorted([*first.tolist(), *second.tolist()]) == list(range(100))
     assert torch.equal(first, again)
     assert labels[second].bincount().tolist() == [1] * 10
-    assert not torch.equal(first, vision.stratified_split(labels, 0.9, "other")[0])
+    assert not torch.equal(first, data.stratified_split(labels, 0.9, "other")[0])
 
 
 def test_label_noise_replaces_exactly_that_share_of_training_labels(digits):
@@ -93,7 +93,7 @@ def test_label_noise_replaces_exactly_that_share_of_training_labels(digits):
 
 def test_a_larger_share_of_label_noise_keeps_the_smaller_one():
     labels = torch.zeros(200, dtype=torch.long)
-    few, many = (vision.with_label_noise(labels, share, 10, "x") for share in (0.1, 0.5))
+    few, many = (data.with_label_noise(labels, share, 10, "x") for share in (0.1, 0.5))
     assert bool((many[few > 0] == few[few > 0]).all())
 
 
@@ -151,10 +151,10 @@ def test_a_task_is_built_once_in_a_process():
 
 def test_building_a_task_imports_neither_sklearn_nor_the_compiler():
     code = (
-        "import sys, yaml; from harness.tasks import vision\n"
+        "import sys, yaml; from harness.tasks import optimizers, vision\n"
         f"spec = yaml.safe_load(open({str(CONF / 'digits.yaml')!r}))['task']\n"
         "config = {'wd': 0, 'lr': 1, 'momentum': 0, 'nesterov': False}\n"
-        "vision._read_digits(); vision.Sgd(vision.models.build('mlp', 1, 8, 10), config)\n"
+        "vision._read_digits(); optimizers.Sgd(vision.models.build('mlp', 1, 8, 10), config)\n"
         "print([m for m in ('sklearn', 'torch._dynamo', 'torchvision') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parents[1], check=True)
@@ -210,7 +210,7 @@ def test_augmentation_derivative_in_the_magnitude(magnitude):
 @pytest.mark.parametrize("smoothing", [0.0, 0.17, 0.3])
 def test_smoothed_cross_entropy_is_torchs(smoothing):
     logits, labels = images(10, 1, 3).flatten(1), torch.arange(10) % 9
-    ours = vision.smoothed_cross_entropy(logits, labels, torch.tensor(smoothing, dtype=torch.float64))
+    ours = supervised.smoothed_cross_entropy(logits, labels, torch.tensor(smoothing, dtype=torch.float64))
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing))
 
 
@@ -229,7 +229,7 @@ def test_resnet20_is_the_one_of_he_et_al():
 def test_sgd_is_torchs_bit_for_bit(momentum, nesterov):
     net, twin = (models.build("cnn", 1, 8, 10) for _ in range(2))
     twin.load_state_dict(net.state_dict())
-    ours = vision.Sgd(net, {"lr": 0.05, "wd": 0.01, "momentum": momentum, "nesterov": nesterov})
+    ours = optimizers.Sgd(net, {"lr": 0.05, "wd": 0.01, "momentum": momentum, "nesterov": nesterov})
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in zip(models.parameters_by_decay(twin), (0.01, 0), strict=True)
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial(digits):
 
 
 def test_a_long_epoch_notices_divergence_before_its_end(digits, monkeypatch):
-    monkeypatch.setattr(vision, "CHECK_EVERY", 5)
+    monkeypatch.setattr(supervised, "CHECK_EVERY", 5)
     asked = iter([False] * 28)
     run = digits.start({"lr": float("nan")}, 0)
     with pytest.raises(TrialFailed):
@@ -376,7 +376,7 @@ def test_every_batch_size_of_evaluation_gives_the_same_score(cifar, monkeypatch)
     ("precision", "mixed", "dtype"), [("fp32", True, None), ("bf16", False, torch.bfloat16), ("auto", False, None)]
 )
 def test_precision(precision, mixed, dtype):
-    assert vision.autocast_dtype(precision, torch.device("cpu"), mixed) == dtype
+    assert supervised.autocast_dtype(precision, torch.device("cpu"), mixed) == dtype
 
 
 def test_unknown_precision_is_a_users_error():
