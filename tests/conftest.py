@@ -23,11 +23,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tw
 # Begun first, for one begun last would run alone: the Slurm tests, then the files that take longest (--durations=30).
 _FIRST = (
     "tests/slurm",
+    "tests/harness/test_report_build.py",
+    "tests/test_scripts.py",
     "tests/harness/test_experiment.py",
     "tests/harness/test_faults.py",
     "tests/harness/test_simulated.py",
     "tests/backends/test_faults.py",
     "tests/harness/test_report_processes.py",
+    "tests/harness/test_tracking_mlflow.py",
+    "tests/harness/test_ohgw_example.py",
+    "tests/test_readme.py",
 )
 
 
