@@ -10,11 +10,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["NETRC"] = os.devnull  # tracker=auto must not find the account of whoever runs the tests
 os.environ.pop("WANDB_API_KEY", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two test processes share the cores
+
+
+# Begun first, for one begun last would run alone: the Slurm tests, then the files that take longest (--durations=30).
+_FIRST = (
+    "tests/slurm",
+    "tests/harness/test_report_build.py",
+    "tests/test_scripts.py",
+    "tests/harness/test_experiment.py",
+    "tests/harness/test_faults.py",
+    "tests/harness/test_simulated.py",
+    "tests/backends/test_faults.py",
+    "tests/harness/test_report_processes.py",
+    "tests/harness/test_tracking_mlflow.py",
+    "tests/harness/test_ohgw_example.py",
+    "tests/test_readme.py",
+)
+
+
+class _ByFile(LoadScopeScheduling):
+    """Hands out whole files, for their tests share fixtures; the Slurm tests, which share a cluster, as if one file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        first = next((scope for scope in _FIRST if scope in self.workqueue), None)
+        if first is not None:
+            self.workqueue.move_to_end(first, last=False)
+        super()._assign_work_unit(node)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from multiprocessing.connection import Client
 import pytest
 
 from backends.context import RestoredTrial, UserError, checkpoint_files, reports_before
-from backends.function_backend import Status
+from backends.function_backend import WAIT, Status
 from backends.pool import PoolBackend, PoolError, WorkerPool
 from tests.backends.conftest import FUNCTIONS, epochs, finish, follow, is_alive, wait_until
 
@@ -45,9 +45,12 @@ def test_more_trials_than_workers_are_queued(pool, tmp_path):
 def test_fetching_for_nobody_does_not_block(pool, tmp_path):
     b = backend(pool, "report_only", tmp_path)
     pool.wait_ready()
-    started = time.perf_counter()
-    assert b.fetch_status_results([]) == ({}, [])
-    assert time.perf_counter() - started < 0.1
+    took = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert b.fetch_status_results([]) == ({}, [])
+        took.append(time.perf_counter() - started)
+    assert min(took) < WAIT, "the others may have waited for a core"
 
 
 def test_fetching_blocks_while_nothing_happens_but_not_for_long(pool, tmp_path):
@@ -57,7 +60,7 @@ def test_fetching_blocks_while_nothing_happens_but_not_for_long(pool, tmp_path):
     b.fetch_status_results([0])
     started = time.perf_counter()
     assert b.fetch_status_results([0])[1] == []
-    assert 0.1 < time.perf_counter() - started < 1.0
+    assert WAIT / 2 < time.perf_counter() - started < 4  # the report comes after 5 s
     b.stop_all()
 
 

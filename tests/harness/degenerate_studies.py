@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness.fake_results import FakeCell, curve
+
+# Any warning fails the test, save those of other tests' garbage that happens to be collected while it runs.
+warnings_fail = pytest.mark.filterwarnings(
+    "error", "default::ResourceWarning", "default::pytest.PytestUnraisableExceptionWarning"
+)
 
 NEVER = [(0.5, 0.4), (0.6, 0.5), (0.6, 0.5)]
 

@@ -9,7 +9,7 @@ from harness.report import load_results
 from harness.report.ablations import section, setting_ablations, variant_ablations
 from harness.report.document import STYLE, latex, markdown
 from harness.report.study import Study
-from tests.harness.degenerate_studies import STUDIES, write
+from tests.harness.degenerate_studies import STUDIES, warnings_fail, write
 from tests.harness.fake_results import FakeCell
 
 
@@ -163,7 +163,7 @@ def test_without_a_target_there_are_scores_and_no_effects(tmp_path):
     drawn(found.figures[0])
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):
@@ -177,7 +177,7 @@ def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["running", "no scores"])
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 def test_a_sweep_with_unknown_numbers_can_be_drawn(name, tmp_path):
     scores = [(math.nan, math.nan)] if name == "no scores" else []
     for variant, eta in (("off", 0.1), ("normalized", 0.1), ("normalized(eta=0.2)", 0.2)):

@@ -15,7 +15,7 @@ from harness.report import load_results
 from harness.report.anytime import blocks, complete, section
 from harness.report.document import STYLE, latex, markdown
 from harness.report.study import Study
-from tests.harness.degenerate_studies import STUDIES, OtherCell, write
+from tests.harness.degenerate_studies import STUDIES, OtherCell, warnings_fail, write
 from tests.harness.fake_results import FakeCell, write_study
 
 
@@ -287,7 +287,7 @@ def test_the_probability_of_improvement_by_hand(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 def test_every_kind_of_study_has_sound_output_or_a_sentence(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))
     for table in found.tables:
@@ -303,7 +303,7 @@ def test_every_kind_of_study_has_sound_output_or_a_sentence(name, tmp_path):
     assert found.figures or found.notes
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 def test_figures_can_be_saved_without_a_warning(tmp_path):
     for figure in made(write_study(tmp_path, ("off", "zero", "on"), steps=40).parent).figures:
         with pyplot.rc_context(STYLE):

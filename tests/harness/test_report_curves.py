@@ -16,7 +16,7 @@ from harness.report import load_results
 from harness.report.document import STYLE
 from harness.report.learning_curves import RUNS, attempts, chosen_trials, section, worker_lanes
 from harness.report.study import Study
-from tests.harness.degenerate_studies import STUDIES, write
+from tests.harness.degenerate_studies import STUDIES, warnings_fail, write
 from tests.harness.fake_results import FakeCell, write_study
 
 
@@ -193,7 +193,7 @@ def test_lanes_hold_no_two_stretches_at_once_and_are_as_few_as_possible(spans):
     assert len({entry[0] for entry in packed}) == at_once
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_figures_or_a_reason(name, tmp_path):

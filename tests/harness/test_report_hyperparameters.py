@@ -23,7 +23,7 @@ from harness.report.hyperparameters import (
 )
 from harness.report.study import Study
 from harness.seeds import rng
-from tests.harness.degenerate_studies import STUDIES, write
+from tests.harness.degenerate_studies import STUDIES, warnings_fail, write
 from tests.harness.fake_results import FakeCell
 
 SPACE = {
@@ -220,7 +220,7 @@ def test_notes_that_conditions_share_are_made_once():
     assert out.notes == ["one; two: same.", "one: own."]
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):

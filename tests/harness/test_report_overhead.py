@@ -14,7 +14,7 @@ from harness.report import load_results
 from harness.report.document import STYLE, latex, markdown
 from harness.report.overhead import BARS, CHARGED, Cost, _pages, quartiles, section
 from harness.report.study import Study
-from tests.harness.degenerate_studies import STUDIES, write
+from tests.harness.degenerate_studies import STUDIES, warnings_fail, write
 from tests.harness.fake_results import FakeCell, write_study
 
 
@@ -200,7 +200,7 @@ def test_without_a_target_the_control_has_no_times(tmp_path):
 # ---- odd studies
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):

@@ -26,7 +26,7 @@ from harness.report.rungs import (
 from harness.report.study import Study
 from harness.schedulers.rungs import rung_levels
 from harness.seeds import rng
-from tests.harness.degenerate_studies import STUDIES, write
+from tests.harness.degenerate_studies import STUDIES, warnings_fail, write
 from tests.harness.fake_results import FakeCell
 
 SPACE = {"lr": {"lower": 0.0, "upper": 1.0}, "mu": {"lower": 0.0, "upper": 0.5}, "kind": {"choices": ["a", "b"]}}
@@ -244,7 +244,7 @@ def test_a_constant_benefit_has_no_correlation():
     assert (found.n, math.isnan(found.value)) == (0, True)
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_odd_studies_give_tables_figures_or_a_reason(name, tmp_path):

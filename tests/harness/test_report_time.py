@@ -16,7 +16,7 @@ from harness.report.document import STYLE, latex, markdown
 from harness.report.stats import kaplan_meier
 from harness.report.study import Study
 from harness.report.time_to_target import RANGE, incumbent_changes, section, targets
-from tests.harness.degenerate_studies import STUDIES, OtherCell, write
+from tests.harness.degenerate_studies import STUDIES, OtherCell, warnings_fail, write
 from tests.harness.fake_results import FakeCell, write_study
 
 TIMES = [(40, 20), (50, 40), (80, 20), (None, 50), (None, None)]  # of off and on, seconds
@@ -240,14 +240,14 @@ def check(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 def test_every_kind_of_study_has_sound_output_or_a_sentence(name, tmp_path):
     found = section(Study(load_results(write(name, tmp_path))))
     check(found)
     assert found.tables or found.figures or found.notes
 
 
-@pytest.mark.filterwarnings("error")
+@warnings_fail
 def test_figures_can_be_saved_without_a_warning(tmp_path):
     for figure in section(Study(load_results(write_study(tmp_path, ("off", "zero", "on"), steps=40)))).figures:
         with pyplot.rc_context(STYLE):
