@@ -1,7 +1,7 @@
 """Gradient-boosted trees (XGBoost) on tables (``tables.py``): classification and regression.
 
-    task = BoostingTask("cpu", data="digits", metric="accuracy", max_epochs=27, rounds_per_epoch=4, space=..., ...)
-    run = task.start({"learning_rate": 0.3, "max_depth": 6}, seed=0)
+    task = BoostingTask("cpu", data="digits", metric="accuracy", max_epochs=27, rounds_per_epoch=10, space=..., ...)
+    run = task.start({"lr": 0.3, "max_depth": 6}, seed=0)
 
 Resource: boosting rounds, ``rounds_per_epoch`` of them an "epoch". A run keeps its booster, and the booster the
 predictions for every part, so that an epoch costs its own rounds and no more; a checkpoint holds the booster as XGBoost
@@ -16,7 +16,8 @@ loss after ``warm_rounds`` rounds (default: those of one epoch) on common random
 trainings for d continuous hyperparameters. ``ohgw.batch_size`` and ``ohgw.probe`` mean nothing here. Integers and
 categories stay.
 
-Hyperparameters: XGBoost's own, as in HYPERPARAMETERS.
+Hyperparameters: XGBoost's own, as in HYPERPARAMETERS; its learning_rate is called lr, as in every family, so that
+``ohgw=masked`` finds it.
 """
 
 import math
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from harness.ohgw import Objective, Settings
 
 HYPERPARAMETERS = (
-    "learning_rate", "subsample", "colsample_bytree", "colsample_bylevel", "colsample_bynode", "reg_lambda",
-    "reg_alpha", "gamma", "min_child_weight", "max_delta_step", "max_depth", "max_leaves", "max_bin", "grow_policy",
-    "num_parallel_tree", "max_cat_to_onehot", "max_cat_threshold", "scale_pos_weight",
+    "lr", "subsample", "colsample_bytree", "colsample_bylevel", "colsample_bynode", "reg_lambda", "reg_alpha", "gamma",
+    "min_child_weight", "max_delta_step", "max_depth", "max_leaves", "grow_policy", "num_parallel_tree",
+    "max_cat_to_onehot", "max_cat_threshold", "scale_pos_weight",
 )  # fmt: skip
 ANY_NUMBER = 1 << 62  # of examples in a warm start's batches: it has none
 SEED_BITS = 31  # XGBoost's seed is a C int
@@ -107,7 +108,8 @@ class BoostingTask:
         k = len(self.table.classes)
         objective = {0: "reg:squarederror", 2: "binary:logistic"}.get(k, "multi:softprob")
         classes = {"num_class": k} if k > 2 else {}
-        return {**config, **classes, "objective": objective, "tree_method": "hist", "device": str(self.device),
+        named = {"learning_rate" if name == "lr" else name: value for name, value in config.items()}
+        return {**named, **classes, "objective": objective, "tree_method": "hist", "device": str(self.device),
                 "nthread": threads(), "seed": seed, "seed_per_iteration": True, "verbosity": 1}  # fmt: skip
 
     def booster(self, parameters: Mapping[str, Any], content: bytes | None = None) -> Any:

@@ -23,7 +23,7 @@ xgboost = pytest.importorskip("xgboost")
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 CONFIG = {
-    "learning_rate": 0.3, "subsample": 0.6, "colsample_bytree": 0.5, "reg_lambda": 1.0, "min_child_weight": 1.0,
+    "lr": 0.3, "subsample": 0.6, "colsample_bytree": 0.5, "reg_lambda": 1.0, "min_child_weight": 1.0,
     "max_depth": 4, "max_leaves": 12, "grow_policy": "lossguide",
 }  # fmt: skip
 
@@ -78,8 +78,8 @@ def content(run: boosting.BoostingRun) -> bytes:
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, drawn):
     task = build(**options)
-    straight, broken = (task.start({"learning_rate": 0.3, **drawn}, 1) for _ in range(2))
-    other = task.start({"learning_rate": 0.1, "subsample": 0.9}, 2)  # of the same process, in between
+    straight, broken = (task.start({"lr": 0.3, **drawn}, 1) for _ in range(2))
+    other = task.start({"lr": 0.1, "subsample": 0.9}, 2)  # of the same process, in between
     broken = through_a_file(task, broken)
     for _ in range(3):
         expected = [straight.train_epoch(never), straight.evaluate("validation"), straight.evaluate("test")]
@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(options, drawn):
 
 def test_seeds_and_epochs_draw_other_rows():
     task = build(rounds_per_epoch=1)
-    runs = [task.start({"subsample": 0.5, "learning_rate": 1e-6}, seed) for seed in (0, 1)]
+    runs = [task.start({"subsample": 0.5, "lr": 1e-6}, seed) for seed in (0, 1)]
     for _ in range(2):
         for run in runs:
             run.train_epoch(never)
@@ -135,7 +135,7 @@ def test_it_is_xgboost_train():
 def test_numbers_words_and_gaps_are_learnt(tmp_path):
     task = build(data=mixed(tmp_path))
     assert task.table.levels == {"colour": 6}
-    run = task.start({"learning_rate": 0.5, "min_child_weight": 0.1}, 0)
+    run = task.start({"lr": 0.5, "min_child_weight": 0.1}, 0)
     for _ in range(5):
         trained = run.train_epoch(never)
     assert trained is not None
@@ -163,10 +163,10 @@ def test_label_noise_makes_it_harder():
 
 
 def test_mistakes_are_answered():
-    with pytest.raises(UserError, match="no hyperparameter 'lr' here; it has learning_rate"):
-        build(space="mine", spaces={"mine": {"lr": {"lower": 0.1, "upper": 1.0}}})
-    with pytest.raises(UserError, match="no hyperparameter 'depth'"):
-        build().start({"depth": 3}, 0)
+    with pytest.raises(UserError, match="no hyperparameter 'depth' here; it has lr, subsample"):
+        build(space="mine", spaces={"mine": {"depth": {"lower": 0.1, "upper": 1.0}}})
+    with pytest.raises(UserError, match="no hyperparameter 'eta'"):
+        build().start({"eta": 0.3}, 0)
     with pytest.raises(UserError, match=r"set task\.metric=r2"):
         build(data="diabetes")
 
@@ -190,7 +190,7 @@ def test_the_objective_is_the_validation_loss_of_a_short_training_on_common_rand
     assert objective.value(CONFIG, 0) == value
     assert objective.value(CONFIG, 1) != value
     assert task.start(CONFIG, 5).problem(Settings()).value(CONFIG, 0) == value
-    assert objective.value(CONFIG | {"learning_rate": 0.4}, 0) != value
+    assert objective.value(CONFIG | {"lr": 0.4}, 0) != value
     seed = boosting.seed(5, "warm_start", 0)
     theirs = xgboost.train(task.parameters(CONFIG, seed), task.matrices["train"], 3)
     p = torch.from_numpy(theirs.predict(task.matrices["validation"]))
@@ -212,19 +212,19 @@ def test_a_warm_start_takes_differences_and_moves_only_what_is_continuous(estima
     if estimator in ("lookahead", "direct"):
         assert record["estimator"] == "finite_difference"
         assert record["fallback"] == f"{estimator}: missing gradient: trees have none"
-        x = task.space.continuous["learning_rate"]
+        x = task.space.continuous["lr"]
         unit, value = x.unit(0.3), run.problem(settings).value
-        above, below = (value(CONFIG | {"learning_rate": x.from_unit(unit + h)}, 0) for h in (0.05, -0.05))
+        above, below = (value(CONFIG | {"lr": x.from_unit(unit + h)}, 0) for h in (0.05, -0.05))
         slope = (above - below) / (0.1 * (x.bounds[1] - x.bounds[0]))
-        assert record["gradient"]["learning_rate"] == pytest.approx(slope, rel=1e-6)
+        assert record["gradient"]["lr"] == pytest.approx(slope, rel=1e-6)
 
 
 def test_after_a_warm_start_the_trial_is_the_vanilla_trial_of_the_new_configuration():
     task = build()
-    warm, vanilla = task.start(CONFIG, 0), task.start(CONFIG | {"learning_rate": 0.2}, 0)
+    warm, vanilla = task.start(CONFIG, 0), task.start(CONFIG | {"lr": 0.2}, 0)
     settings = Settings(step="normalized", eta=0.1)
     warm_start(CONFIG, task.space, warm.problem(settings), settings)
-    warm.reconfigure(CONFIG | {"learning_rate": 0.2})
+    warm.reconfigure(CONFIG | {"lr": 0.2})
     assert warm.train_epoch(never) == vanilla.train_epoch(never)
     assert content(warm) == content(vanilla)
 
@@ -272,7 +272,7 @@ def test_the_usual_loop_runs():
 
 @pytest.mark.slow
 def test_the_command(harness, tmp_path):
-    done = harness("task=xgboost", "task.data=wine", "scheduler=asha", "ohgw=off,normalized", "budget.epochs=4",
+    done = harness("task=xgboost", "task.data=wine", "scheduler=asha", "ohgw=off,masked", "budget.epochs=4",
                    "n_workers=1", "backend.threads=1", "tracker=none")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     logs = sorted(tmp_path.glob("results/*/*/events.jsonl"))

@@ -1,5 +1,6 @@
 """Tables and the networks on them: reading, splits, encoding, scores, resuming, and the problem for a warm start."""
 
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -21,7 +22,7 @@ from harness import recorder, trial
 from harness.ohgw import Settings
 from harness.ohgw.coordinates import Coordinate
 from harness.ohgw.estimators import lookahead, lookahead_objective
-from harness.tasks import load_task, tables, tabular
+from harness.tasks import distributed, load_task, tables, tabular
 from scripts.plain_loops import tabular as plain
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
@@ -355,6 +356,26 @@ def test_the_chunks_an_epoch_is_gathered_in_do_not_matter_without_draws(classifi
     pieces = [x for (x,), _ in classification.batches(classification.completed({"lr": 1}), 0, 0)]
     assert same(whole, pieces)
     assert len(whole) == classification.sizes["train"] // 16
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_processes_share_the_batches_of_one(kind, request):
+    whole = request.getfixturevalue(kind)
+    halves = [copy.copy(whole) for _ in range(2)]
+    for rank, task in enumerate(halves):
+        task.group = distributed.Group()
+        task.group.rank, task.group.size = rank, 2
+    config = whole.completed(ALL)
+    batches = [list(task.batches(config, 0, 0)) for task in (whole, *halves)]
+    for (given, answers), *shares in zip(*batches, strict=True):
+        for i, tensor in enumerate((*given, *answers)):
+            assert torch.equal(torch.cat([(*mine, *theirs)[i] for mine, theirs in shares]), tensor)
+    first, second = whole.warm_batches(Settings(batch_size=32), 0, 0, torch.float32)
+    shares = [task.warm_batches(Settings(batch_size=32), 0, 0, torch.float32) for task in halves]
+    for name in ("inputs", "target", "added"):
+        assert torch.equal(torch.cat([getattr(a, name) for a, _ in shares]), getattr(first, name))
+    assert torch.equal(torch.cat([b.inputs for _, b in shares]), second.inputs)
+    assert len(list(halves[0].evaluation_batches("test"))) == 2
 
 
 def test_a_loss_that_is_not_finite_fails_the_trial(regression):
