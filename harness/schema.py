@@ -90,6 +90,12 @@ class Task:
     )
     context: int = option("language: tokens of a training window", min=2)
     vocabulary: int = option("wikitext: number of words, the most frequent of the training part", min=3)
+    environments: int = option("ppo: environments at a time", min=1)
+    rollout: int = option("ppo: steps of every environment between two updates", min=1)
+    updates_per_epoch: int = option("ppo: update blocks, each a rollout, in an epoch", min=1)
+    episodes: int = option("ppo: last training episodes whose mean return is the validation score", min=1)
+    evaluation_steps: int = option("ppo: steps of a test episode at most", min=1)
+    game: str = option("atari_ppo: name of the game's ROM, as in pong or breakout")
     text_file: str | None = option("text: any file, by bytes (literal, ~ expanded); null: Python's own help topics")
 
 

@@ -73,10 +73,10 @@ class Adam(Optimizer):
     ``state``: of each parameter both moments, then the numbers of steps, one of each group."""
 
     function: ClassVar[Any] = staticmethod(adam)
-    eps: ClassVar[float] = 1e-8
 
     def __init__(self, net: nn.Module, config: Mapping[str, Any]):
         super().__init__(net, config)
+        self.eps = config.get("eps", 1e-8)
         self.betas = (config["momentum"], config["beta2"])
         self.averages = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]

@@ -1,0 +1,139 @@
+"""Many copies of an environment at a time, whose state can be kept: CartPole and the Atari games.
+
+    environments = CartPole(8)
+    observations = environments.reset(seed)                          # (n, ...)
+    observations, rewards, terminated, truncated = environments.step(actions)
+    state = environments.state()                                     # tensors and texts
+    observations = CartPole(8).restore(state)                        # goes on bit for bit
+
+An episode that has ended is reset by the step after its last one (gymnasium's ``AutoresetMode.NEXT_STEP``): that step
+ignores its action, gives no reward, and its observation is the first of the next episode.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from backends.context import UserError
+
+INSTALL = "pip install 'ohgw-harness[rl]'"
+Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class Environments(Protocol):
+    """``n`` environments with ``actions`` discrete actions; observations (n, *``shape``) of ``dtype``."""
+
+    n: int
+    actions: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    steps_between_resets: int | None  # after so many steps all are to be reset; None: never
+
+    def reset(self, seed: int) -> np.ndarray: ...
+    def step(self, actions: np.ndarray) -> Step: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+class CartPole:
+    """gymnasium's CartPole-v1, all computed at once. Errors: UserError if gymnasium is not installed."""
+
+    steps_between_resets: int | None = None
+    dtype = torch.float32
+    shape: tuple[int, ...] = (4,)
+    actions = 2
+
+    def __init__(self, n: int):
+        _imported("gymnasium")
+        from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+        self.n, self._env = n, CartPoleVectorEnv(n, max_episode_steps=500)
+
+    def reset(self, seed: int) -> np.ndarray:
+        return self._env.reset(seed=seed)[0]
+
+    def step(self, actions: np.ndarray) -> Step:
+        observations, rewards, terminated, truncated, _ = self._env.step(actions)
+        return observations, rewards, terminated, truncated
+
+    def state(self) -> dict[str, Any]:
+        """Positions, steps, which are to be reset, and the generator, as JSON."""
+        env: Any = self._env
+        return {"state": torch.from_numpy(env.state.copy()), "steps": torch.from_numpy(env.steps.copy()),
+                "done": torch.from_numpy(env.prev_done.copy()),
+                "generator": json.dumps(env.np_random.bit_generator.state)}  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> np.ndarray:
+        env: Any = self._env
+        env.reset(seed=0)  # it wants to have been
+        env.state, env.steps = state["state"].numpy().copy(), state["steps"].numpy().copy()
+        env.prev_done = state["done"].numpy().copy()
+        env.np_random.bit_generator.state = json.loads(state["generator"])
+        return env.state.T.astype(np.float32)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class Atari:
+    """A game of the Arcade Learning Environment in its native vector environment (Mnih et al. 2015: 84 x 84 grey
+    pixels, 4 frames stacked, every 4th seen; no sticky actions, whole episodes, rewards as the game gives them).
+
+    It cannot save its state. It is deterministic: ``restore`` repeats the actions since the last reset, which is why
+    that should be no more than ``steps_between_resets`` steps ago.
+
+    Errors: UserError if ale-py is not installed or has no such game."""
+
+    steps_between_resets: int | None = 20_000
+    dtype = torch.uint8
+    shape: tuple[int, ...] = (4, 84, 84)
+
+    def __init__(self, n: int, game: str, threads: int = 0):
+        _imported("ale_py")
+        from ale_py import roms
+        from ale_py.vector_env import AtariVectorEnv
+
+        known = sorted(roms.get_all_rom_ids())
+        if game not in known:
+            raise UserError(f"task.game must be one of {', '.join(known)}, not {game!r}")
+        self.n = n
+        self._env = AtariVectorEnv(game, n, num_threads=threads, reward_clipping=False, noop_max=30)
+        self.actions = int(self._env.single_action_space.n)
+        self._seed, self._taken = 0, list[np.ndarray]()
+
+    def reset(self, seed: int) -> np.ndarray:
+        self._seed, self._taken = seed, []
+        return self._env.reset(seed=seed)[0]
+
+    def step(self, actions: np.ndarray) -> Step:
+        self._taken.append(actions.astype(np.uint8))
+        observations, rewards, terminated, truncated, _ = self._env.step(actions)
+        return observations, rewards.astype(np.float32), terminated, truncated
+
+    def state(self) -> dict[str, Any]:
+        """The seed, and all actions since, (steps, n)."""
+        taken = np.stack(self._taken) if self._taken else np.empty((0, self.n), np.uint8)
+        return {"seed": self._seed, "actions": torch.from_numpy(taken)}
+
+    def restore(self, state: Mapping[str, Any]) -> np.ndarray:
+        observations = self.reset(state["seed"])
+        for actions in state["actions"].numpy():
+            observations = self.step(actions.astype(np.int64))[0]
+        return observations
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._env.close()
+
+
+def _imported(module: str) -> None:
+    """Errors: UserError that says how to install it."""
+    try:
+        __import__(module)
+    except ImportError:
+        raise UserError(f"this task needs {module}; install it with: {INSTALL}") from None
