@@ -103,7 +103,7 @@ class Atari:
             raise UserError(f"task.game must be one of {', '.join(known)}, not {game!r}")
         self.n = n
         self._env = AtariVectorEnv(game, n, num_threads=threads, reward_clipping=False, noop_max=30)
-        self.actions = int(self._env.single_action_space.n)
+        self.actions = int(self._env.single_action_space.n)  # type: ignore[attr-defined]
         self._seed, self._taken = 0, list[np.ndarray]()
 
     def reset(self, seed: int) -> np.ndarray:
