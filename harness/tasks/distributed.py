@@ -153,18 +153,6 @@ def _nccl(store: dist.Store, rank: int, size: int) -> dist.Backend:
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def check_shares(task: Mapping[str, Any], ohgw: Mapping[str, Any], batch_sizes: Sequence[int] = ()) -> None:
-    """Errors: UserError unless ``gpus_per_trial`` divides the batches, ``batch_sizes`` (of the search space) too."""
-    k = task.get("gpus_per_trial", 1)
-    sizes = {"task.batch_size": [task.get("batch_size", k)], "batch_size of the space": batch_sizes}
-    if ohgw["estimator"] != "off":
-        sizes["ohgw.batch_size"] = [ohgw["batch_size"]]
-    for name, values in sizes.items():
-        for value in values:
-            if value % k:
-                raise UserError(f"{name}={value} cannot be shared by task.gpus_per_trial={k}: it must be a multiple of it")
-
-
 # ---- rank 0
 
 
