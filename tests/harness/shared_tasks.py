@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends.context import TrialContext
-from harness import trial
 from harness.tasks.supervised import SupervisedRun
-from harness.tasks.vision import Digits, Part
+from harness.tasks.vision import Digits
 
 
 class DoubleDigits(Digits):
@@ -53,7 +50,7 @@ class _FaultyRun(SupervisedRun):
 
 
 class Mortal(Digits):
-    """In the second epoch rank 1 is killed, once: while the file ``label`` names is there."""
+    """In the second epoch rank 1 is killed, once: while the file is there that the variable ``label`` names."""
 
     label = "KILL_RANK_ONE"
 

@@ -1,10 +1,10 @@
 """A trial on several processes is the same trial, ends as cleanly and goes on as exactly."""
 
+import contextlib
+import functools
 import json
-import math
-import os
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 import yaml
 
 from backends.context import TrialFailed, UserError
-from harness.ohgw import Settings
+from backends.local import LocalTrialBackend
+from backends.pool import PoolBackend, WorkerPool
 from harness.tasks import distributed, load_task, supervised
 from harness.trial import one_warm_start, warm_start_flops
-from tests.backends.conftest import is_alive, wait_until
+from tests.backends.conftest import finish, is_alive, wait_until
 from tests.conftest import read_lines
+from tests.harness.shared_tasks import Mortal
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 CONFIG = {"lr": 0.1, "wd": 1e-3, "momentum": 0.9, "augmentation": 0.4, "label_smoothing": 0.1}
@@ -233,11 +235,91 @@ def test_gpu_hours_count_every_gpu():
     assert progress.gpu_seconds == 120
 
 
-SMALL = ("task=digits", "task.model=mlp", "scheduler=random", "task.max_epochs=3", "budget.trials=2",
-         "budget.epochs=null", "n_workers=1", "backend.threads=1", "tracker=none", "task.gpus_per_trial=2")  # fmt: skip
+@contextlib.contextmanager
+def backend_of(pool: WorkerPool | None, path: Path, kind: str, ohgw: dict[str, Any] = OHGW, **options: Any) -> Any:
+    """Of trials on two processes: local, or on a pool."""
+    settings = {"task": spec(kind, 2), "ohgw": ohgw, "max_resource_attr": "epochs", "checkpoint_seconds": 0.0}
+    options |= {"settings": settings, "path": path, "seed": 1}
+    make = functools.partial(LocalTrialBackend, threads=1) if pool is None else functools.partial(PoolBackend, pool=pool)
+    with contextlib.closing(make("harness.trial.run", **options)) as backend:
+        yield backend
 
 
-def reports(folder: Path) -> list[tuple[Any, ...]]:
-    (events,) = folder.glob("results/*/*/events.jsonl")
-    found = [(e["trial"], e["result"]) for e in read_lines(events) if e["e"] == "report"]
-    return sorted((trial, r["epoch"], r["train_loss"], r["validation_score"]) for trial, r in found)
+def run(backend: Any, **config: Any) -> tuple[str, list[tuple[Any, ...]]]:
+    """A trial's end and what its epochs reported."""
+    trial_id = backend.start_trial(CONFIG | config).trial_id
+    statuses, results = finish(backend, [trial_id], seconds=120)
+    keys = ("epoch", "train_loss", "validation_loss", "test_score")
+    return statuses[trial_id], [tuple(report[key] for key in keys) for report in results[trial_id]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [False, True])
+def test_a_killed_process_costs_an_attempt_and_the_trial_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, local):
+    order = tmp_path / "order"
+    monkeypatch.setenv(Mortal.label, str(order))  # for the processes of both backends
+    events: list[dict[str, Any]] = []
+    with contextlib.nullcontext() if local else WorkerPool(1, threads=1) as pool:
+        with backend_of(pool, tmp_path / "whole", "Mortal") as backend:
+            expected = run(backend, epochs=3)
+        order.touch()
+        with backend_of(pool, tmp_path / "killed", "Mortal") as backend:
+            backend.on_event = events.append
+            assert run(backend, epochs=3) == expected
+            errors = "".join(backend.stderr(0))
+    assert expected[0] == "Completed"
+    assert [epoch for epoch, *_ in expected[1]] == [1, 2, 3]
+    assert not order.exists(), "a process was killed"
+    assert [event["e"] for event in events] == ["retry"]
+    assert "process 1 of 2 of this trial was killed by SIGKILL" in errors
+
+
+@pytest.mark.slow
+def test_an_error_that_only_a_helper_meets_ends_the_attempt(tmp_path):
+    off = OHGW | {"estimator": "off"}
+    with WorkerPool(1, threads=1) as pool, backend_of(pool, tmp_path, "Faulty", off, max_retries=0) as backend:
+        assert run(backend, momentum=0.11, epochs=2) == ("Failed", [])
+        errors = "".join(backend.stderr(0))
+        assert "process 1 of 2 of this trial failed alone" in errors
+        assert "no memory left" in errors
+        assert run(backend, momentum=0.2, epochs=2) == ("Failed", [])  # in all of them
+        assert "ZeroDivisionError: everywhere" in backend.failure(1)
+        assert run(backend, momentum=0.0, epochs=2)[0] == "Completed"
+
+
+@pytest.mark.slow
+def test_helpers_die_with_a_killed_worker():
+    script = (
+        "import json, sys, time; from harness.tasks import load_task, distributed\n"
+        "load_task(json.loads(sys.argv[1]), 'cpu')\n"
+        "print(distributed._current[0]._helpers[0].process.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", script, json.dumps(spec("Faulty", 2))]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert worker.stdout is not None
+    helper = int(worker.stdout.readline())
+    assert is_alive(helper)
+    worker.kill()
+    worker.communicate()
+    wait_until(lambda: not is_alive(helper), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pool", "local", "simulated"])
+def test_the_command_with_two_processes_a_trial(harness, tmp_path, backend):
+    words = ("task=digits", "task.model=mlp", "scheduler=random", "task.max_epochs=2", "budget.trials=2", "n_workers=1",
+             "budget.epochs=null", "backend.threads=1", "tracker=none", "ohgw=normalized")  # fmt: skip
+    for k in (1, 2):
+        done = harness(*words, f"task.gpus_per_trial={k}", f"backend={backend}", f"name=k{k}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = []
+    for k in (1, 2):
+        (events,) = tmp_path.glob(f"results/k{k}/*/events.jsonl")
+        found.append([event["result"] for event in read_lines(events) if event["e"] == "report"])
+        summary = json.loads((events.parent / "summary.json").read_text())
+        charged = sum(seconds for kind, seconds in summary["busy"].items() if kind != "test")
+        assert summary["gpu_hours"] == pytest.approx(k * charged / 3600)
+        assert summary["warm_started"] == 2
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-3)
+        assert ours["flops"] == theirs["flops"]
