@@ -106,5 +106,5 @@ def grouped(gpus: Sequence[str], each: int) -> list[str]:
     """The GPUs in groups of ``each`` as CUDA_VISIBLE_DEVICES names them; those left over are in none. Errors: UserError
     if there are some, but not enough for one group."""
     if 0 < len(gpus) < each:
-        raise UserError(f"workers of {each} GPUs are asked for (task.gpus_per_trial), but this machine shows {len(gpus)}")
+        raise UserError(f"workers of {each} GPUs are asked for (task.gpus_per_trial), this machine shows {len(gpus)}")
     return [",".join(gpus[first : first + each]) for first in range(0, len(gpus) - each + 1, each)]

@@ -100,7 +100,8 @@ class _Owned:
 
 
 class WorkerPool(Workers):
-    """``n_workers`` persistent processes (default: one for every ``gpus_each`` GPUs, else 2), started at once, ready some seconds later.
+    """``n_workers`` persistent processes (default: one for every ``gpus_each`` GPUs, else 2), started at once, ready
+    some seconds later.
 
     Not thread-safe: one thread at a time.
     """
@@ -116,10 +117,12 @@ class WorkerPool(Workers):
         stop_grace: float = 10.0,
         warm: Sequence[str] = ("torch",),
     ):
-        """``threads`` a worker (default: CPUs / workers); ``gpus``: ids for CUDA_VISIBLE_DEVICES, ``gpus_each`` a worker
-        in turn (default: all visible; []: none); ``env``: additional variables; ``stop_grace``: seconds from a stop to a kill;
-        ``warm``: modules every worker imports at its start if they are installed (torch is reset and seeded for each
-        trial only if it is here or the trial function's module imports it)."""
+        """``threads`` a worker (default: CPUs / workers); ``gpus``: ids for CUDA_VISIBLE_DEVICES, ``gpus_each`` to each
+        worker in turn (default: all visible; []: none); ``env``: additional variables; ``stop_grace``: seconds from a
+        stop to a kill; ``warm``: modules every worker imports at its start if they are installed (torch is reset and
+        seeded for each trial only if it is here or the trial function's module imports it).
+
+        Errors: UserError if there are GPUs, but fewer than ``gpus_each``."""
         count = default_n_workers(gpus_each) if n_workers is None else n_workers
         self._gpus = grouped([gpu.uuid for gpu in visible_gpus()] if gpus is None else list(map(str, gpus)), gpus_each)
         self._folder, self._address = _socket_folder()

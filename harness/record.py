@@ -375,9 +375,10 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    busy: seconds by kind; gpu_hours: busy hours without test evaluation times a trial's GPUs; wallclock: seconds; peak_memory: bytes;
-    flops: counts; t_tau: by target, seconds and GPU-hours until the incumbent's test (or the best validation) score
-    reached it, None = censored; warm_start_share: of busy time without test evaluation, and of FLOPs.
+    busy: seconds by kind; gpu_hours: busy hours without test evaluation times a trial's GPUs; wallclock: seconds;
+    peak_memory: bytes, of a trial's first process; flops: counts; t_tau: by target, seconds and GPU-hours until the
+    incumbent's test (or the best validation) score reached it, None = censored; warm_start_share: of busy time
+    without test evaluation, and of FLOPs.
     columns: ``report_columns`` of the events, where the caller has them already.
     An event other than a report may carry ``busy`` and ``flops`` too (what a failed attempt had spent).
     """

@@ -28,8 +28,8 @@ class ReplayError(Exception):
 class Budget:
     """Limits of one cell; ``None`` means no limit.
 
-    ``wallclock`` seconds, ``gpu_hours`` busy hours of all GPUs without test evaluation, ``trials`` new configurations, ``epochs``
-    reported epochs over all trials.
+    ``wallclock`` seconds, ``gpu_hours`` busy hours of all GPUs without test evaluation, ``trials`` new configurations,
+    ``epochs`` reported epochs over all trials.
     """
 
     wallclock: float | None = None

@@ -90,7 +90,9 @@ class Task:
     )
     context: int = option("language: tokens of a training window", min=2)
     vocabulary: int = option("wikitext: number of words, the most frequent of the training part", min=3)
-    gpus_per_trial: int = option("processes that train a trial together, each on a GPU of its own if there are any", min=1)
+    gpus_per_trial: int = option(
+        "processes that train a trial together, each on a GPU of its own if there are any", min=1
+    )
     text_file: str | None = option("text: any file, by bytes (literal, ~ expanded); null: Python's own help topics")
 
 

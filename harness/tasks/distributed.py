@@ -2,8 +2,8 @@
 
 The trial's worker is rank 0. It starts k - 1 helpers (``python -m harness.tasks.distributed``), keeps them for its next
 trials, and tells them of every call of the run; they make the same call. Gradients, the hyper-gradient, losses and
-scores are averaged (torch.distributed: NCCL, a GPU a process, or gloo on CPUs), and every process makes the same update.
-Rank 0 alone reports, writes checkpoints and knows the driver.
+scores are averaged (torch.distributed: NCCL, a GPU a process, or gloo on CPUs), and every process makes the same
+update. Rank 0 alone reports, writes checkpoints and knows the driver.
 
 What holds of k processes and of one with the same batch: the same up to the rounding of sums, but for two things.
 BatchNorm normalises by the statistics of a process's part of the batch, as torch's DistributedDataParallel does; the
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 LOCALHOST = "127.0.0.1"
 BUCKET = 25 << 20  # bytes sent at once: DistributedDataParallel's default
-PATIENCE = 10.0  # seconds between the failure of one process and the same failure of the others
+PATIENCE = 20.0  # seconds between the failure of one process and the same failure of the others
 COLLECTIVE = datetime.timedelta(minutes=30)  # a process may load data that long while the others wait
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # rank 0's to handle
 
@@ -140,14 +140,14 @@ def buckets(tensors: Sequence[Tensor], size: int = BUCKET) -> Iterator[list[Tens
         yield bucket
 
 
-def _gloo(store: dist.Store, rank: int, size: int) -> dist.Backend:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: dist.Store, rank: int, size: int) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOCALHOST)]
     options._timeout = COLLECTIVE
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int) -> dist.Backend:
+def _nccl(store: dist.Store, rank: int, size: int) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = COLLECTIVE
     return dist.ProcessGroupNCCL(store, rank, size, options)

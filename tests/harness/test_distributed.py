@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_trial_of_two_processes_resumes_bit_for_bit():
     other.train_epoch(never)
     resumed = task.start(config, 3)
     resumed.load_state_dict(saved)
-    assert resumed.train_epoch(never) | resumed.evaluate("validation") == reports[1]
+    assert (resumed.train_epoch(never) or {}) | resumed.evaluate("validation") == reports[1]
     assert all(torch.equal(value, resumed.state_dict()["net"][name]) for name, value in state["net"].items())
     assert resumed.evaluate("test") == expected
     with pytest.raises(RuntimeError, match="train another one"):
@@ -129,7 +130,7 @@ def test_stops_and_failures_leave_the_processes_fit_for_the_next_trial():
     (team,) = distributed._current
     calls = iter([False] * 5 + [True] * 100)
     assert task.start(config, 4).train_epoch(lambda: next(calls)) is None
-    with pytest.raises(TrialFailed, match="loss is nan|loss is inf"):
+    with pytest.raises(TrialFailed, match="training loss is"):
         task.start(config | {"lr": 1e30}, 4).train_epoch(never)
     with pytest.raises(UserError, match="batch_size=33 cannot be shared"):
         task.start(config | {"batch_size": 33}, 4)
@@ -150,7 +151,7 @@ def test_an_error_that_only_the_first_process_meets_fails_the_trial_and_costs_ne
 
 def test_a_part_smaller_than_the_processes_is_evaluated_all_the_same():
     """The processes that have no example add nothing."""
-    task = load_task(spec("DoubleDigits", 1), "cpu")
+    task: Any = load_task(spec("DoubleDigits", 1), "cpu")
     run = task.start(CONFIG, 3)
     expected = run.evaluate("validation")
 
@@ -176,7 +177,7 @@ def test_buckets_keep_the_order_and_never_mix_dtypes():
     tensors = [torch.zeros(n) for n in sizes] + [torch.zeros(3, dtype=torch.float64)]
     found = list(distributed.buckets(tensors, size=32))
     assert [[len(tensor) for tensor in bucket] for bucket in found] == [[4, 4], [100], [2, 2], [3]]
-    assert all(a is b for a, b in zip(tensors, sum(found, []), strict=True))
+    assert all(a is b for a, b in zip(tensors, itertools.chain(*found), strict=True))
     assert list(distributed.buckets([])) == []
 
 
@@ -186,7 +187,7 @@ def test_running_statistics_are_batch_norms():
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["task=digits", "task.gpus_per_trial=3"], r"task.batch_size must be a multiple of task.gpus_per_trial=3"),
         (["task=digits", "task.gpus_per_trial=2", "ohgw.batch_size=7"], "ohgw.batch_size must be a multiple"),
@@ -213,7 +214,7 @@ def test_workers_of_several_gpus(monkeypatch):
     assert make_plan(["task=digits", "task.gpus_per_trial=2"]).cells[0].config["n_workers"] == 2
     launched = make_plan(["task=digits", "task.gpus_per_trial=2", "launch=slurm"])
     assert launched.cells[0].config["n_workers"] == 2
-    with pytest.raises(UserError, match="workers of 8 GPUs are asked for .*shows 5"):
+    with pytest.raises(UserError, match=r"workers of 8 GPUs are asked for .*shows 5"):
         make_plan(["task=digits", "task.gpus_per_trial=8"])
 
 
@@ -240,7 +241,9 @@ def backend_of(pool: WorkerPool | None, path: Path, kind: str, ohgw: dict[str, A
     """Of trials on two processes: local, or on a pool."""
     settings = {"task": spec(kind, 2), "ohgw": ohgw, "max_resource_attr": "epochs", "checkpoint_seconds": 0.0}
     options |= {"settings": settings, "path": path, "seed": 1}
-    make = functools.partial(LocalTrialBackend, threads=1) if pool is None else functools.partial(PoolBackend, pool=pool)
+    make: Any = functools.partial(PoolBackend, pool=pool)
+    if pool is None:
+        make = functools.partial(LocalTrialBackend, threads=1)
     with contextlib.closing(make("harness.trial.run", **options)) as backend:
         yield backend
 
