@@ -4,7 +4,7 @@ import csv
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from backends.context import UserError
@@ -97,6 +97,14 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return built[0] == capability[0] and built[1] <= capability[1]
 
 
-def default_n_workers() -> int:
-    """One worker a GPU, else 2."""
-    return len(visible_gpus()) or 2
+def default_n_workers(gpus_each: int = 1) -> int:
+    """One worker for every ``gpus_each`` GPUs; 2 if there are none. Errors: UserError if there are fewer."""
+    return len(grouped([gpu.uuid for gpu in visible_gpus()], gpus_each)) or 2
+
+
+def grouped(gpus: Sequence[str], each: int) -> list[str]:
+    """The GPUs in groups of ``each`` as CUDA_VISIBLE_DEVICES names them; those left over are in none. Errors: UserError
+    if there are some, but not enough for one group."""
+    if 0 < len(gpus) < each:
+        raise UserError(f"workers of {each} GPUs are asked for (task.gpus_per_trial), this machine shows {len(gpus)}")
+    return [",".join(gpus[first : first + each]) for first in range(0, len(gpus) - each + 1, each)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from backends.context import UserError, to_json
 from backends.function_backend import FunctionBackend, LocalBackend, Status, thread_environment, threads_per_worker
-from backends.gpus import default_n_workers, visible_gpus
+from backends.gpus import default_n_workers, grouped, visible_gpus
 
 ENTRY = Path(__file__).resolve().with_name("local_entry.py")
 TAG = b"[tune-metric]: "  # syne_tune.report
@@ -46,19 +46,23 @@ class LocalTrialBackend(FunctionBackend, LocalBackend):
         *,
         threads: int | None = None,
         stop_grace: float = 10.0,
+        gpus_per_trial: int = 1,
         **inherited: Any,
     ):
-        """``threads`` a trial (default: CPUs / default number of workers); ``inherited``: as in ``FunctionBackend``."""
-        self.threads = threads or threads_per_worker(default_n_workers())
+        """``threads`` a trial (default: CPUs / default number of workers); ``inherited``: as in ``FunctionBackend``.
+        Errors: UserError if there are GPUs, but not ``gpus_per_trial``."""
+        self.threads = threads or threads_per_worker(default_n_workers(gpus_per_trial))
         self.stop_grace = stop_grace
         self._processes: dict[int, _Running] = {}
         self._ending: dict[int, _Running] = {}
         self._gpus = [gpu.uuid for gpu in visible_gpus()]
+        grouped(self._gpus, gpus_per_trial)
         super().__init__(
             function,
             entry_point=str(ENTRY),
             pass_args_as_json=True,
             rotate_gpus=len(self._gpus) > 1,
+            num_gpus_per_trial=gpus_per_trial,
             **inherited,
         )
 

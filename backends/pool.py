@@ -30,7 +30,7 @@ from backends.function_backend import (
     thread_environment,
     threads_per_worker,
 )
-from backends.gpus import default_n_workers, visible_gpus
+from backends.gpus import default_n_workers, grouped, visible_gpus
 from backends.workers import Job, PoolError, Worker, Workers, worker_python_path, worker_sys_path
 
 __all__ = ["Job", "PoolBackend", "PoolError", "RestoredTrial", "WorkerPool"]
@@ -100,7 +100,8 @@ class _Owned:
 
 
 class WorkerPool(Workers):
-    """``n_workers`` persistent processes (default: one a GPU, else 2), started at once, ready some seconds later.
+    """``n_workers`` persistent processes (default: one for every ``gpus_each`` GPUs, else 2), started at once, ready
+    some seconds later.
 
     Not thread-safe: one thread at a time.
     """
@@ -111,15 +112,19 @@ class WorkerPool(Workers):
         *,
         threads: int | None = None,
         gpus: Sequence[str | int] | None = None,
+        gpus_each: int = 1,
         env: dict[str, str] | None = None,
         stop_grace: float = 10.0,
         warm: Sequence[str] = ("torch",),
     ):
-        """``threads`` a worker (default: CPUs / workers); ``gpus``: ids for CUDA_VISIBLE_DEVICES, one a worker in turn
-        (default: all visible; []: none); ``env``: additional variables; ``stop_grace``: seconds from a stop to a kill;
-        ``warm``: modules every worker imports at its start if they are installed (torch is reset and seeded for each
-        trial only if it is here or the trial function's module imports it)."""
-        count = default_n_workers() if n_workers is None else n_workers
+        """``threads`` a worker (default: CPUs / workers); ``gpus``: ids for CUDA_VISIBLE_DEVICES, ``gpus_each`` to each
+        worker in turn (default: all visible; []: none); ``env``: additional variables; ``stop_grace``: seconds from a
+        stop to a kill; ``warm``: modules every worker imports at its start if they are installed (torch is reset and
+        seeded for each trial only if it is here or the trial function's module imports it).
+
+        Errors: UserError if there are GPUs, but fewer than ``gpus_each``."""
+        count = default_n_workers(gpus_each) if n_workers is None else n_workers
+        self._gpus = grouped([gpu.uuid for gpu in visible_gpus()] if gpus is None else list(map(str, gpus)), gpus_each)
         self._folder, self._address = _socket_folder()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(self._address)
@@ -127,7 +132,6 @@ class WorkerPool(Workers):
         self._owned = _Owned(listener, str(self._folder))
         self._finalizer = weakref.finalize(self, self._owned.release)
         super().__init__(count, threads or threads_per_worker(max(1, count)), stop_grace, listener)
-        self._gpus = [gpu.uuid for gpu in visible_gpus()] if gpus is None else [str(gpu) for gpu in gpus]
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if not self._gpus else {}
         self._env, self._warm = hidden | (env or {}), list(warm)
         for k in range(self.n_workers):

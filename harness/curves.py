@@ -25,12 +25,12 @@ def curve_identity(cell: Cell) -> dict[str, Any]:
     the store notes beside a curve: a table recorded on a GPU can be replayed on a laptop.
     """
     parts, backend = deciding(cell.config), cell.config["backend"]
-    warm = parts["ohgw"]["estimator"] != "off"
+    warm, each = parts["ohgw"]["estimator"] != "off", parts["task"].get("gpus_per_trial", 1)
     return {
         "task": parts["task"],
         "ohgw": parts["ohgw"],
         "code": code_version(parts["task"]["_target_"], warm),
-        "threads": backend["threads"] or threads_per_worker(backend["processes"] or default_n_workers()),
+        "threads": backend["threads"] or threads_per_worker(backend["processes"] or default_n_workers(each)),
     }
 
 

@@ -36,7 +36,7 @@ from harness.record import CellPaths, EventLog
 from harness.recorder import Budget, CellClock, Recorder, ReplayError
 from harness.slurm.accounting import allocation, cgroup_usage
 from harness.space import Space
-from harness.sweep import Cell
+from harness.sweep import Cell, gpus_per_trial
 
 TRIAL_FUNCTION = "harness.trial.run"
 PREPARE_FUNCTION = "harness.trial.prepare"
@@ -158,6 +158,7 @@ def _attempt(
         lambda trial_id: {"reason": backend.failure(trial_id), **backend.failure_details(trial_id)},
         on_event=recorded,
         on_decision=decisions.add,
+        gpus=gpus_per_trial(cell.config),
     )
     backend.on_event = recorder.note
     try:
@@ -280,8 +281,17 @@ def _backend(
             TRIAL_FUNCTION, store=shared.store, pool=shared.pool, identity=curve_identity(cell),
             max_resource_attr=MAX_RESOURCE, counts=shared.counts, **{**common, "settings": every_epoch},
         )  # fmt: skip
-    threads = options["threads"] or threads_per_worker(cell.config["n_workers"])
-    return LocalTrialBackend(TRIAL_FUNCTION, threads=threads, stop_grace=options["stop_grace"], **common)
+    threads, gpus = threads_per_process(cell, cell.config["n_workers"]), gpus_per_trial(cell.config)
+    return LocalTrialBackend(
+        TRIAL_FUNCTION, threads=threads, stop_grace=options["stop_grace"], gpus_per_trial=gpus, **common
+    )
+
+
+def threads_per_process(cell: Cell, n_workers: int) -> int:
+    """CPU threads of a process that trains: its worker's, shared by the ``gpus_per_trial`` processes of a trial."""
+    backend = cell.config["backend"]
+    share = (backend["cpus"] or 1) if backend["name"] == "slurm" else threads_per_worker(n_workers)
+    return max(1, (backend["threads"] or share) // gpus_per_trial(cell.config))
 
 
 def _paused_if_running(status: str) -> str:

@@ -331,10 +331,11 @@ def set_aside(paths: CellPaths) -> Path:
 # What the events of one cell amount to
 
 
-def report_columns(events: Iterable[Mapping[str, Any]], mode: str = "max") -> dict[str, list[Any]]:
+def report_columns(events: Iterable[Mapping[str, Any]], mode: str = "max", gpus: int = 1) -> dict[str, list[Any]]:
     """One entry a report, in order, under each name.
 
-    trial, epoch, decision; t (cell seconds); gpu_hours (busy hours of all workers so far, test evaluation left out);
+    trial, epoch, decision; t (cell seconds); gpu_hours (busy hours of all workers so far, test evaluation left out,
+    times ``gpus`` of a trial);
     train_loss, train_score, validation_loss, validation_score, test_score; best_validation_score and
     incumbent_test_score: of the report that is best on validation so far (the first of equals; NaN before any).
     """
@@ -347,7 +348,7 @@ def report_columns(events: Iterable[Mapping[str, Any]], mode: str = "max") -> di
         result = event["result"] if report else event
         spent = result.get("busy")
         if spent:
-            seconds += sum(spent.values()) - spent.get("test", 0.0)
+            seconds += gpus * (sum(spent.values()) - spent.get("test", 0.0))
         if not report:
             continue
         score = result["validation_score"]
@@ -374,16 +375,18 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    busy: seconds by kind; gpu_hours: busy hours without test evaluation; wallclock: seconds; peak_memory: bytes;
-    flops: counts; t_tau: by target, seconds and GPU-hours until the incumbent's test (or the best validation) score
-    reached it, None = censored; warm_start_share: of busy time without test evaluation, and of FLOPs.
+    busy: seconds by kind; gpu_hours: busy hours without test evaluation times a trial's GPUs; wallclock: seconds;
+    peak_memory: bytes, of a trial's first process; flops: counts; t_tau: by target, seconds and GPU-hours until the
+    incumbent's test (or the best validation) score reached it, None = censored; warm_start_share: of busy time
+    without test evaluation, and of FLOPs.
     columns: ``report_columns`` of the events, where the caller has them already.
     An event other than a report may carry ``busy`` and ``flops`` too (what a failed attempt had spent).
     """
     task = config["task"]
     mode = task.get("mode", "max")
-    columns = columns or report_columns(events, mode)
-    totals = _totals(events)
+    gpus = task.get("gpus_per_trial", 1)
+    columns = columns or report_columns(events, mode, gpus)
+    totals = _totals(events, gpus)
     return {
         "labels": config["labels"],
         "seed": config["seed"],
@@ -440,7 +443,7 @@ _COLUMNS = (
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _totals(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _totals(events: Iterable[Mapping[str, Any]], gpus: int) -> dict[str, Any]:
     busy = dict.fromkeys(BUSY_KINDS, 0.0)
     flops = {"train": 0, "warm_start": 0}
     peak = {"train": 0, "warm_start": 0}
@@ -458,7 +461,7 @@ def _totals(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             peak["warm_start"] = max(peak["warm_start"], warm.get("peak_memory") or 0)
     charged = sum(busy.values()) - busy["test"]
     shares = {"busy": _share(busy["warm_start"], charged), "flops": _share(flops["warm_start"], sum(flops.values()))}
-    return {"busy": busy, "gpu_hours": charged / 3600, "flops": flops, "peak_memory": peak,
+    return {"busy": busy, "gpu_hours": gpus * charged / 3600, "flops": flops, "peak_memory": peak,
             "warm_started": warm_started, "fallbacks": fallbacks, "warm_start_share": shares}  # fmt: skip
 
 

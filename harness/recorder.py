@@ -28,8 +28,8 @@ class ReplayError(Exception):
 class Budget:
     """Limits of one cell; ``None`` means no limit.
 
-    ``wallclock`` seconds, ``gpu_hours`` busy hours without test evaluation, ``trials`` new configurations, ``epochs``
-    reported epochs over all trials.
+    ``wallclock`` seconds, ``gpu_hours`` busy hours of all GPUs without test evaluation, ``trials`` new configurations,
+    ``epochs`` reported epochs over all trials.
     """
 
     wallclock: float | None = None
@@ -59,8 +59,9 @@ class TrialState:
 
 @dataclass
 class Progress:
-    """Running totals of a cell, from its events."""
+    """Running totals of a cell, from its events. ``gpus``: of a trial."""
 
+    gpus: int = 1
     epochs: int = 0
     gpu_seconds: float = 0.0
     best: float | None = None
@@ -102,7 +103,8 @@ class Progress:
             self.best, self.incumbent = score, (trial_id, result["epoch"])
 
     def _charge(self, spent: Mapping[str, Any]) -> None:
-        self.gpu_seconds += sum(s for kind, s in spent.get("busy", {}).items() if kind not in NOT_GPU_TIME)
+        busy = sum(s for kind, s in spent.get("busy", {}).items() if kind not in NOT_GPU_TIME)
+        self.gpu_seconds += busy * self.gpus
 
     def in_flight(self) -> list[int]:
         return [k for k, trial in sorted(self.trials.items()) if trial.status == Status.in_progress]
@@ -119,6 +121,7 @@ class Recorder(TrialScheduler):
     :param on_event: called after every event is on disk (progress display, tracker)
     :param on_decision: called with the seconds of every decision of the scheduler, before the event it leads to is
         written: ``("suggest" | "report", seconds)``
+    :param gpus: of a trial
     """
 
     def __init__(
@@ -130,11 +133,12 @@ class Recorder(TrialScheduler):
         failure: Callable[[int], dict[str, Any]],
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
         on_decision: Callable[[str, float], None] = lambda kind, seconds: None,
+        gpus: int = 1,
     ):
         super().__init__(random_seed=0)
         self.scheduler, self.log, self.budget, self.clock = scheduler, log, budget, clock
         self.failure, self.on_event, self.on_decision = failure, on_event, on_decision
-        self.progress = Progress()
+        self.progress = Progress(gpus)
         self.mode = scheduler.metric_mode()
         self._returning: list[int] = []  # trials that were running when the last attempt at this cell ended
 

@@ -25,13 +25,21 @@ from backends.simulated import Counts
 from backends.slurm_commands import Resources
 from backends.workers import Workers
 from harness.curves import shown_counts
-from harness.experiment import PREPARE_FUNCTION, TRIAL_FUNCTION, CellFailed, Shared, run_cell, trial_settings
+from harness.experiment import (
+    PREPARE_FUNCTION,
+    TRIAL_FUNCTION,
+    CellFailed,
+    Shared,
+    run_cell,
+    threads_per_process,
+    trial_settings,
+)
 from harness.ownership import CellBusy, Superseded, cell_lock, given_up_by_slurm
 from harness.progress import Display
 from harness.provenance import provenance
 from harness.record import CellPaths, detach
 from harness.recorder import Recorder
-from harness.sweep import Cell, Plan
+from harness.sweep import Cell, Plan, gpus_per_trial
 from harness.tracking import Guarded
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
@@ -256,18 +264,18 @@ class _Machinery:
     def _workers(self, cell: Cell, display: Display) -> Workers:
         """The warm workers, prepared for the cell's task and variant; started if there are none that fit."""
         backend, settings = cell.config["backend"], trial_settings(cell)
-        count = cell.config["n_workers"]
+        count, each = cell.config["n_workers"], gpus_per_trial(cell.config)
         if backend["name"] == "simulated":
-            count = backend["processes"] or gpus.default_n_workers()
-        common = {"threads": backend["threads"], "stop_grace": backend["stop_grace"]}
-        key = (count, json.dumps(backend if backend["name"] == "slurm" else common, sort_keys=True))
+            count = backend["processes"] or gpus.default_n_workers(each)
+        common = {"threads": threads_per_process(cell, count), "stop_grace": backend["stop_grace"]}
+        key = (count, each, json.dumps(backend if backend["name"] == "slurm" else common, sort_keys=True))
         if self._pool is None or key != self._pool_key:
             self._close_pool()
             display.message(f"starting {count} worker{'s' if count > 1 else ''} ...")
             if backend["name"] == "slurm":
                 self._pool = _slurm_workers(cell, display.message, **common)
             else:
-                self._pool = WorkerPool(count, **common)
+                self._pool = WorkerPool(count, gpus_each=each, **common)
             self._pool_key = key
         wanted = _task_and_variant(settings)
         if wanted not in self._prepared:
@@ -279,7 +287,9 @@ class _Machinery:
         """Find the user's mistakes before the first trial does."""
         settings = trial_settings(cell)
         if _task_and_variant(settings) not in self._prepared:
-            with contextlib.closing(LocalTrialBackend(TRIAL_FUNCTION)) as trials:
+            each = gpus_per_trial(cell.config)
+            threads = threads_per_process(cell, cell.config["n_workers"])
+            with contextlib.closing(LocalTrialBackend(TRIAL_FUNCTION, threads=threads, gpus_per_trial=each)) as trials:
                 trials.prepare(PREPARE_FUNCTION, settings)
         self._prepared.add(_task_and_variant(settings))
 

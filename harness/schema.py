@@ -96,6 +96,9 @@ class Task:
     episodes: int = option("ppo: last training episodes whose mean return is the validation score", min=1)
     evaluation_steps: int = option("ppo: steps of a test episode at most", min=1)
     game: str = option("atari_ppo: name of the game's ROM, as in pong or breakout")
+    gpus_per_trial: int = option(
+        "processes that train a trial together, each on a GPU of its own if there are any", min=1
+    )
     text_file: str | None = option("text: any file, by bytes (literal, ~ expanded); null: Python's own help topics")
 
 

@@ -7,7 +7,6 @@ stopped early leaves complete pairs.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -38,7 +37,7 @@ from harness.schema import (
     shown,
     unquoted,
 )
-from harness.space import Space, SpaceError
+from harness.space import Categorical, Integer, Space, SpaceError
 
 ONE_VALUE = OUTSIDE_IDENTITY | {"experiment"}  # an experiment is a study with its own folder
 OFF = {"estimator": "off"}
@@ -265,6 +264,7 @@ class _Sweep:
         self.applied: set[str] = set()
         self.ignored: set[str] = set()
         self.used: list[Composed] = []
+        self._workers_here: dict[int, int] = {}  # by GPUs of a trial
 
     def cells(self, overrides: Mapping[str, Override]) -> list[Cell]:
         count = math.prod(len(override.texts) for override in overrides.values())
@@ -332,20 +332,20 @@ class _Sweep:
         for key, value in literals.items():
             section, _, name = key.rpartition(".")
             (config[section] if section else config)[name] = value
-        config["n_workers"] = config["n_workers"] or self._default_n_workers(config["launch"])
+        config["n_workers"] = config["n_workers"] or self._default_n_workers(config)
         return _finish(config, composed.choices, self._base(composed))
 
-    def _default_n_workers(self, launch: Mapping[str, Any]) -> int:
-        """One a GPU of where the cell will run, else 2."""
-        if launch.get("name") == "slurm":
-            return gpu_count(launch["gres"]) or 2
-        return self._default_n_workers_here
+    def _default_n_workers(self, config: Mapping[str, Any]) -> int:
+        """One for every ``gpus_per_trial`` GPUs of where the cell will run, else 2."""
+        each = gpus_per_trial(config)
+        if config["launch"].get("name") == "slurm":
+            return gpu_count(config["launch"]["gres"]) // each or 2
+        each = 1 if config["backend"]["name"] == "slurm" else each
+        if each not in self._workers_here:
+            from backends.gpus import default_n_workers
 
-    @functools.cached_property
-    def _default_n_workers_here(self) -> int:
-        from backends.gpus import default_n_workers
-
-        return default_n_workers()
+            self._workers_here[each] = default_n_workers(each)
+        return self._workers_here[each]
 
     def _base(self, composed: Composed) -> dict[str, Any]:
         """What the chosen YAML files say by themselves, without the experiment and the command line."""
@@ -374,6 +374,11 @@ class _Sweep:
     def notes(self) -> list[str]:
         idle = sorted(self.ignored - self.applied)
         return [f"ohgw=off ignores {', '.join(idle)}"] if idle else []
+
+
+def gpus_per_trial(config: Mapping[str, Any]) -> int:
+    """Processes that train a trial of the cell with this config; 1 for tasks that know nothing else."""
+    return config["task"].get("gpus_per_trial", 1)
 
 
 def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -422,9 +427,36 @@ def _cross_check(config: Mapping[str, Any]) -> None:
         if name not in space.continuous:
             advice = near(name, space.continuous)
             raise UserError(f"ohgw.mask: {shown(name)} is no continuous hyperparameter of {task['space']}{advice}")
+    _check_gpus_per_trial(config, space)
     momentum = space.continuous.get("momentum")
     if config["ohgw"].get("momentum_space") == "log1m" and momentum and momentum.upper >= 1:
         raise UserError(f"ohgw.momentum_space=log1m needs an upper bound of momentum below 1, not {momentum.upper:g}")
+
+
+def _check_gpus_per_trial(config: Mapping[str, Any], space: Space) -> None:
+    """A trial's processes have equal shares of every batch, and its worker needs a GPU for each."""
+    k = gpus_per_trial(config)
+    if k == 1:
+        return
+    for place in ("backend", "launch"):
+        gres = config[place].get("gres")
+        if 0 < gpu_count(gres) < k:
+            raise UserError(f"task.gpus_per_trial={k} needs as many GPUs, {place}.gres={gres} asks for fewer: "
+                            f"give {place}.gres=gpu:{k}")  # fmt: skip
+    sizes = {"task.batch_size": [config["task"]["batch_size"]]}
+    if config["ohgw"]["estimator"] != "off":
+        sizes["ohgw.batch_size"] = [config["ohgw"]["batch_size"]]
+    domain = space.domains.get("batch_size")
+    if isinstance(domain, Categorical):
+        sizes["the hyperparameter batch_size"] = list(domain.choices)
+    elif isinstance(domain, Integer):
+        sizes["the hyperparameter batch_size"] = list(range(domain.lower, domain.upper + 1))
+    elif "batch_size" in space.constants:
+        sizes["the hyperparameter batch_size"] = [space.constants["batch_size"]]
+    for name, values in sizes.items():
+        for value in values:
+            if value % k:
+                raise UserError(f"{name} must be a multiple of task.gpus_per_trial={k}, which {value} is not")
 
 
 def _check_shared_files(config: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ import torch
 from backends.context import TrialContext, TrialFailed, UserError
 from harness.seeds import rng
 from harness.tasks import Run, Task, load_task
+from harness.tasks.distributed import SharedRun, alone
 
 if TYPE_CHECKING:
     from harness.ohgw import WarmStart
@@ -174,7 +175,10 @@ def one_warm_start(
     """One warm start with the settings of the variant, some of them ``changed``."""
     from harness.ohgw import Settings, warm_start  # 0.8 s that a vanilla trial need not wait for
 
-    options = Settings(**{**settings["ohgw"], **changed})
+    settings = {**settings, "ohgw": {**settings["ohgw"], **changed}}
+    if isinstance(training, SharedRun):
+        return training.warm_start(x, settings, seed)
+    options = Settings(**settings["ohgw"])
     problem = training.problem(options)
     if problem is None:
         raise TrialFailed("this task has no hyper-gradient: it can only be run with ohgw=off")
@@ -193,7 +197,8 @@ def warm_start_flops(
     if key not in _flops_per_example:
         from harness.ohgw import count_flops
 
-        counted = count_flops(lambda: one_warm_start(x, task, training, settings, seed, batch_size=SAMPLE))
+        with alone(training) as sole:
+            counted = count_flops(lambda: one_warm_start(x, task, sole, settings, seed, batch_size=SAMPLE))
         _flops_per_example[key] = counted / SAMPLE
     return round(_flops_per_example[key] * settings["ohgw"]["batch_size"])
 

@@ -34,7 +34,7 @@ from harness.experiment import MAX_RESOURCE, TRIAL_FUNCTION, trial_settings
 from harness.provenance import provenance
 from harness.schedulers import RandomSampler
 from harness.space import Space
-from harness.sweep import Cell, check_data, make_plan
+from harness.sweep import Cell, check_data, gpus_per_trial, make_plan
 from harness.tasks import load_task
 from harness.tasks.batched import TrainedTrial, train_batched
 from harness.tasks.vision import ImageTask
@@ -71,6 +71,8 @@ def record(words: Sequence[str], options: argparse.Namespace) -> None:
         raise UserError(f"{stray[0]} is not possible here: tables are for backend=simulated; see --help")
     plan = make_plan(["backend=simulated", *words])
     check_data(plan)
+    if any(gpus_per_trial(cell.config) > 1 for cell in plan.cells):
+        raise UserError("task.gpus_per_trial must be 1 here: a table is trained in batches, by one process")
     cells = {(str(curve_identity(cell)), cell.seed): cell for cell in plan.cells}.values()
     task = image_task(next(iter(cells)))
     epochs = options.epochs or task.max_epochs

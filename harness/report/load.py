@@ -186,13 +186,13 @@ def _read_into(cell: _Cell, paths: CellPaths) -> None:
     if fatal:
         more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
         raise RecordError(f"{fatal[0]}{more}")
-    columns = report_columns(events, task.get("mode", "max"))
+    columns = report_columns(events, task.get("mode", "max"), task.get("gpus_per_trial", 1))
     computed = summarize(config, events, columns)
     if summary is not None:
         _check_summary(paths, summary, computed)
     cell.config, cell.meta = config, _meta(paths)
     cell.warnings = [str(problem) for problem in problems]
-    if (use := use_of_slurm(paths, events)) is not None:
+    if (use := use_of_slurm(paths, events, task.get("gpus_per_trial", 1))) is not None:
         cell.slurm = account_in_record(use)
     cell.row = {
         "cell": paths.folder,

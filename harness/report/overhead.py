@@ -363,7 +363,7 @@ def _control(condition: Condition, variant: str) -> Control:
             for unit, effect in compared.effect.items()
         },
         score=score[~np.isnan(score)],
-        extra_hours=_ratio(warm, own["gpu_hours"].sum() * 3600 - warm),
+        extra_hours=_ratio(warm, sum(own[f"busy_{kind}"].sum() for kind in BUSY_KINDS if kind != "test") - warm),
         extra_memory=median_of(memory_ratios(condition, variant)) - 1,
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from harness.record import plain
+from harness.record import BUSY_KINDS, plain
 from harness.report.compare import ENOUGH_PAIRS, OFF, common_end, pair
 from harness.report.document import Section, Table
 from harness.report.stats import (
@@ -206,7 +206,8 @@ def _gpu_hours(pairs: pd.DataFrame) -> Criterion:
     """Warm starts' busy seconds over all others of the same cell, median over pairs: measured, not estimated. Cells
     that did nothing are left out."""
     warm = pairs["busy_warm_start_on"].to_numpy(dtype=float)
-    other = np.maximum(pairs["gpu_hours_on"].to_numpy(dtype=float) * 3600 - warm, 0.0)
+    rest = [f"busy_{kind}_on" for kind in BUSY_KINDS if kind not in ("warm_start", "test")]
+    other = pairs[rest].to_numpy(dtype=float).sum(axis=1)
     there = warm + other > 0
     with np.errstate(divide="ignore"):
         share = warm[there] / other[there]

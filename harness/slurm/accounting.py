@@ -15,6 +15,7 @@ It goes into ``slurm.json`` in the cell's folder once all its jobs have ended, o
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from backends import slurm_commands
 from backends.context import UserError
 from backends.slurm_commands import Incarnation, SlurmError
 from harness.ownership import own_slurm
-from harness.record import CellPaths, read_events, write_json
+from harness.record import CellPaths, RecordError, read_config, read_events, write_json
 
 WAIT_SECONDS = 15.0  # for sacct's rows, which are complete some seconds after a job's end
 POLL_SECONDS = 1.0
@@ -116,9 +117,9 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Use:
-    """What a cell's record says of its time in Slurm. ``busy``: seconds by kind; ``wallclock``: seconds, both of the
-    attempts in Slurm only; ``opens``: all attempts there were; ``gpus``: the most that a driver saw; ``cgroup``: the
-    most that the kernel counted for a driver's job (``cgroup_usage``)."""
+    """What a cell's record says of its time in Slurm. ``busy``: seconds by kind, times a trial's GPUs; ``wallclock``:
+    seconds, both of the attempts in Slurm only; ``opens``: all attempts there were; ``gpus``: the most that a driver
+    saw; ``cgroup``: the most that the kernel counted for a driver's job (``cgroup_usage``)."""
 
     paths: CellPaths
     attempts: Sequence[Attempt]
@@ -137,7 +138,7 @@ class Use:
         return max((attempt.restarts.get(job, 0) for attempt in self.attempts), default=0)
 
 
-def use_of_slurm(paths: CellPaths, events: Iterable[Mapping[str, Any]]) -> Use | None:
+def use_of_slurm(paths: CellPaths, events: Iterable[Mapping[str, Any]], gpus_per_trial: int = 1) -> Use | None:
     """None if the events name no Slurm job."""
     parts: list[list[Mapping[str, Any]]] = []
     for event in events:
@@ -152,7 +153,7 @@ def use_of_slurm(paths: CellPaths, events: Iterable[Mapping[str, Any]]) -> Use |
     for _, part in found:
         for event in part:
             for kind, seconds in (event.get("result", event).get("busy") or {}).items():
-                busy[kind] += seconds
+                busy[kind] += seconds * gpus_per_trial
     attempts = [attempt for attempt, _ in found]
     wallclock = sum(attempt.end - attempt.begin for attempt in attempts)
     gpus = max((part[0].get("slurm") or {}).get("gpus", 0) for _, part in found)
@@ -302,9 +303,15 @@ def _uses(root: Path) -> list[Use]:
         content = events.read_bytes()
         if b'"slurm": {' in content or b'"e": "worker"' in content:  # else it need not be parsed
             paths = CellPaths.of(events.parent)
-            if (use := use_of_slurm(paths, read_events(events)[0])) is not None:
+            if (use := use_of_slurm(paths, read_events(events)[0], _gpus_per_trial(paths))) is not None:
                 found.append(use)
     return found
+
+
+def _gpus_per_trial(paths: CellPaths) -> int:
+    with contextlib.suppress(RecordError):  # only the cell's own GPU-hours need it
+        return read_config(paths)["task"].get("gpus_per_trial", 1)
+    return 1
 
 
 def _complete_runs(uses: Sequence[Use], jobs: set[str], wait_seconds: float) -> dict[str, list[Incarnation]]:

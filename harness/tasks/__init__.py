@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Run(Protocol):
     """One configuration in training; see the module's docstring."""
 
-    epoch: int
-
+    @property
+    def epoch(self) -> int: ...
     def reconfigure(self, config: Mapping[str, Any]) -> None: ...
     def problem(self, settings: "Settings") -> "Problem | Objective | None": ...
     def train_epoch(self, should_stop: Callable[[], bool]) -> dict[str, Any] | None: ...
@@ -57,4 +57,9 @@ def load_task(spec: Mapping[str, Any], device: str) -> Task:
 
 @functools.lru_cache(maxsize=2)  # a worker serves one task at a time; the data of many would fill a GPU
 def _load(spec: str, device: str) -> Task:
-    return instantiate(json.loads(spec), device=device)
+    content = json.loads(spec)
+    if content.get("gpus_per_trial", 1) > 1:
+        from harness.tasks.distributed import SharedTask
+
+        return SharedTask(content, device)
+    return instantiate(content, device=device)

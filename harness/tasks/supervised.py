@@ -246,6 +246,8 @@ class SupervisedRun:
                 labels.append(answers)
                 if len(losses) % CHECK_EVERY == 0:
                     self._mean_loss(losses[-CHECK_EVERY:])
+        if task.group.size > 1:
+            task.group.average(running_statistics(self.net))
         self.epoch += 1
         mean = self._mean_loss(losses)
         flops = task.flops_per_example * config["batch_size"] * len(losses)
@@ -254,19 +256,22 @@ class SupervisedRun:
     @torch.inference_mode()
     def evaluate(self, part: str) -> dict[str, float]:
         """Mean loss and score on ``part`` ("validation" or "test") with BatchNorm's running statistics, no dropout."""
-        task = self.task
+        task, group = self.task, self.task.group
         self.net.eval()
         total: Tensor | None = None
-        for number, (inputs, labels) in enumerate(task.evaluation_batches(part)):
-            if number % task.group.size != task.group.rank:
-                continue
-            with torch.autocast(task.device.type, task.autocast, enabled=task.autocast is not None):
-                output = self.net(inputs)
-            statistics = task.statistics(output, labels)
-            total = statistics if total is None else total + statistics
-        if total is None:  # more processes than batches
-            raise UserError(f"the {part} part is too small for task.gpus_per_trial={task.group.size}")
-        return task.scores(task.group.total(total), task.sizes[part])
+        for inputs, labels in task.evaluation_batches(part):
+            mine = inputs.tensor_split(group.size)[group.rank], labels.tensor_split(group.size)[group.rank]
+            if len(mine[0]):
+                statistics = self._statistics(*mine)
+                total = statistics if total is None else total + statistics
+        if total is None:  # fewer examples than processes
+            total = torch.zeros_like(self._statistics(inputs, labels))
+        return task.scores(group.total(total), task.sizes[part])
+
+    def _statistics(self, inputs: Any, labels: Tensor) -> Tensor:
+        with torch.autocast(self.task.device.type, self.task.autocast, enabled=self.task.autocast is not None):
+            output = self.net(inputs)
+        return self.task.statistics(output, labels)
 
     def problem(self, settings: "Settings") -> "Problem":
         """What OHGW needs of this run at its initial weights. Its batches come from streams of their own.
@@ -339,6 +344,12 @@ class SupervisedRun:
         if not math.isfinite(mean):
             raise TrialFailed(f"training loss is {mean}")
         return mean
+
+
+def running_statistics(net: nn.Module) -> list[Tensor]:
+    """Means and variances that BatchNorm and its kin keep for evaluation."""
+    layers = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [b for layer in layers for b in (layer.running_mean, layer.running_var) if b is not None]
 
 
 def scheduled(schedule: str, warmup: float, time: float, end: float, step: float) -> float:

@@ -21,7 +21,7 @@ from harness import record
 from harness.record import CellPaths
 from harness.recorder import Progress
 from harness.schedulers.rungs import rung_levels
-from harness.sweep import Cell
+from harness.sweep import Cell, gpus_per_trial
 
 FILES = ("config.yaml", "meta.json", "events.jsonl", "trials.jsonl", "decisions.jsonl", "summary.json")
 AXES = ("wallclock", "gpu_hours", "epochs")
@@ -75,7 +75,7 @@ class History:
 
     def __init__(self, cell: Cell, folder: Path, interval: float):
         self._events, self._mode = CellPaths.of(folder).events, cell.config["task"].get("mode", "max")
-        self._levels, self._interval = levels(cell.config), interval
+        self._levels, self._interval, self._gpus = levels(cell.config), interval, gpus_per_trial(cell.config)
         self._reset()
 
     def _reset(self) -> None:
@@ -118,7 +118,7 @@ class History:
     def _catch_up(self, opened: Mapping[str, Any]) -> None:
         """The rows of earlier attempts, from the record, ``interval`` seconds of the cell apart: a tracker may lack the
         last ones, or all of them. It leaves out the steps that it has."""
-        past, shown = Progress(), -math.inf
+        past, shown = Progress(self._gpus), -math.inf
         for event in record.read_events(self._events)[0]:
             if event["e"] == "open" and event["run"] == opened["run"]:
                 break

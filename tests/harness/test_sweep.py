@@ -315,7 +315,7 @@ def test_equal_cells_are_merged(plan):
 def test_the_number_of_workers_is_resolved(plan, monkeypatch):
     import backends.gpus
 
-    monkeypatch.setattr(backends.gpus, "default_n_workers", lambda: 5)
+    monkeypatch.setattr(backends.gpus, "default_n_workers", lambda each: 5 // each)
     assert one(plan, "n_workers=null").config["n_workers"] == 5
     assert one(plan, "n_workers=3").config["n_workers"] == 3
 

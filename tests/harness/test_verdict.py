@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from harness.record import BUSY_KINDS
 from harness.report import load_results
 from harness.report.document import latex, markdown
 from harness.report.stats import signed_differences, wilcoxon_signed_rank
@@ -223,7 +224,8 @@ def test_cells_without_a_score_are_worse_than_any(mode):
 
 def test_cells_that_did_nothing_have_no_share_of_gpu_hours():
     pairs = pd.DataFrame(
-        {"busy_warm_start_on": [0.0, 1.0, 1.0, 2.0], "gpu_hours_on": np.array([0.0, 51, 51, 2]) / 3600}
+        {f"busy_{kind}_on": np.zeros(4) for kind in BUSY_KINDS}
+        | {"busy_warm_start_on": [0.0, 1.0, 1.0, 2.0], "busy_train_on": [0.0, 50.0, 50.0, 0.0]}
     )
     assert _gpu_hours(pairs).value == pytest.approx(0.02)
     assert _gpu_hours(pairs.iloc[:1]).why == "not recorded"
