@@ -393,8 +393,9 @@ def _finish(config: dict[str, Any], choices: Mapping[str, str], base: Mapping[st
     if config["backend"]["name"] == "simulated":
         store = config["backend"]["store"] or os.path.join(config["results_dir"], "curves.sqlite")
         config["backend"]["store"] = os.path.abspath(os.path.expanduser(store))
-    if config["task"].get("data_dir") is not None:  # workers may have another working directory
-        config["task"]["data_dir"] = os.path.abspath(os.path.expanduser(config["task"]["data_dir"]))
+    for key in ("data_dir", "text_file"):
+        if config["task"].get(key) is not None:  # workers may have another working directory
+            config["task"][key] = os.path.abspath(os.path.expanduser(config["task"][key]))
     labels = {group: _label(choices[group], config[group], base[group], group) for group in ("task", "scheduler")}
     variant = _label(preset, config["ohgw"], base["ohgw"], "ohgw")
     config["labels"] = {**labels, "variant": variant, "preset": preset, "setting": setting(config)}
