@@ -65,8 +65,8 @@ def test_weights_and_batches_of_a_trial_do_not_depend_on_its_configuration():
     a, b = task.start(x, 7), task.start({**x, "lr": 0.01, "augmentation": 0.1}, 7)
     for name, weight in a.net.state_dict().items():
         assert weight.equal(b.net.state_dict()[name])
-    for one, other in zip(a._batches(), b._batches(), strict=True):
-        assert one.labels.equal(other.labels)
+    for one, other in zip(task.batches(a.config, 7, 0), task.batches(b.config, 7, 0), strict=True):
+        assert one[1].equal(other[1])
 
 
 def test_the_same_command_again_does_nothing_and_says_so(tmp_path, harness):
