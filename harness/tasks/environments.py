@@ -22,7 +22,8 @@ from harness.seeds import torch_seed
 
 INSTALL = "pip install 'ohgw-harness[rl]'"
 FRAMES = 4  # of an Atari game in a step
-MAX_STEPS = 20_000  # of an Atari episode, 22 minutes of play: what a resumed trial may have to repeat
+MAX_STEPS = 15_000  # of an Atari episode: 17 minutes of play
+RESEED = 5_000  # steps
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -84,9 +85,10 @@ class Atari:
     """A game of the Arcade Learning Environment in its native vector environment (Mnih et al. 2015: 84 x 84 grey
     pixels, 4 frames stacked, every 4th seen; no sticky actions, whole episodes, rewards as the game gives them).
 
-    It cannot save its state. It is deterministic, and every episode begins with a seed of its own: ``restore`` repeats
-    the actions of the running episodes, at most ``MAX_STEPS`` of each environment, and no episode is ever cut off for
-    it.
+    It cannot save its state. It is deterministic: ``restore`` repeats the actions since the last seeded reset of each
+    environment. An environment gets a new seed where an episode ends, if ``RESEED`` steps or more have passed since the
+    last one (it takes as long as 200 steps); so at most ``RESEED + MAX_STEPS`` steps, 20,000, are repeated, and no
+    episode is cut off for that.
 
     Errors: UserError if ale-py is not installed or has no such game."""
 
@@ -108,36 +110,37 @@ class Atari:
         self.reset(0)
 
     def reset(self, seed: int) -> np.ndarray:
-        self._seed, self._taken = seed, list[np.ndarray]()  # actions of all since the oldest running episode began
-        self._episode = np.zeros(self.n, np.int64)  # the number of the running one
-        self._age = np.zeros(self.n, np.int64)  # its steps
-        self._ended = np.zeros(self.n, bool)
+        self._seed = seed
+        self._seeding = np.zeros(self.n, np.int64)  # how often an environment has got a new seed
+        self._age = np.zeros(self.n, np.int64)  # steps since
+        self._ended = np.zeros(self.n, bool)  # whether the running episode has
+        self._taken: list[np.ndarray] = []  # the last actions of all, as many as the largest age
         return self._begun(~self._ended)
 
     def step(self, actions: np.ndarray) -> Step:
-        new = self._ended
+        new = self._ended & (self._age >= RESEED)
         observations, rewards, terminated, truncated, _ = self._env.step(actions)
         self._taken.append(actions.astype(np.uint8))
         self._age += 1
         self._ended = terminated | truncated
         if new.any():
-            self._episode[new] += 1
+            self._seeding[new] += 1
             self._age[new] = 0
             del self._taken[: len(self._taken) - self._age.max()]
             observations = self._begun(new)
         return observations, rewards.astype(np.float32), terminated, truncated
 
     def state(self) -> dict[str, Any]:
-        """The seed, and of every environment the running episode's number, its steps and whether it has ended; all
-        actions since the oldest of them began, (steps, n)."""
+        """The seed; of every environment how often it got a new one, the steps since, whether its episode has ended;
+        the last actions of all, (steps, n)."""
         taken = np.stack(self._taken) if self._taken else np.empty((0, self.n), np.uint8)
-        return {"seed": self._seed, "episode": torch.from_numpy(self._episode.copy()),
+        return {"seed": self._seed, "seeding": torch.from_numpy(self._seeding.copy()),
                 "age": torch.from_numpy(self._age.copy()), "ended": torch.from_numpy(self._ended.copy()),
                 "actions": torch.from_numpy(taken)}  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> np.ndarray:
         self._seed, self._taken = state["seed"], list(state["actions"].numpy().copy())
-        self._episode, self._age, self._ended = (state[key].numpy().copy() for key in ("episode", "age", "ended"))
+        self._seeding, self._age, self._ended = (state[key].numpy().copy() for key in ("seeding", "age", "ended"))
         observations = np.empty(0)
         for left in range(len(self._taken), -1, -1):
             if (due := self._age == left).any():  # what others do before is of no consequence
@@ -150,9 +153,9 @@ class Atari:
         self._env.close()
 
     def _begun(self, which: np.ndarray) -> np.ndarray:
-        """The observations of all, once the running episode of those in ``which`` (n,) has begun anew."""
-        numbers = [(i, int(self._episode[i])) for i in which.nonzero()[0].tolist()]
-        seeds = np.array([torch_seed(self._seed, "episode", i, k) >> 32 for i, k in numbers])  # ALE's are C ints
+        """The observations of all, once those in ``which`` (n,) have been reset with their seeds."""
+        numbers = [(i, int(self._seeding[i])) for i in which.nonzero()[0].tolist()]
+        seeds = np.array([torch_seed(self._seed, "environment", i, k) >> 32 for i, k in numbers])  # ALE's are C ints
         options = None if which.all() else {"reset_mask": which}
         return self._env.reset(seed=seeds, options=options)[0]
 

@@ -17,14 +17,14 @@ The score is the mean return (of the game's own, unclipped rewards): for the sch
 validation loss is the training loss.
 
 Everything random comes from named streams of the trial's seed, the actions of a rollout from that of the block. A run
-is resumed bit for bit: CartPole keeps its state, Atari repeats the actions of the running episodes, whose length is
-limited to 20,000 steps.
+is resumed bit for bit: CartPole keeps its state, Atari repeats at most the last 20,000 steps (``environments.py``).
 
-Warm start: PPO's clip does nothing at the initial weights, where the ratio is 1, so the clip range stays. One rollout
-of the initial policy gives the update, a second one F: surrogate and value loss, unclipped, with discount and lambda at
-REFERENCE (a loss whose own discount moved could not be compared). Discount and lambda have their derivatives through
-the recursion of the advantages, entropy and value coefficient enter linearly. ``ohgw.batch_size`` counts transitions,
-rounded up to whole steps of all environments.
+Warm start: PPO's clip does nothing at the initial weights, where the ratio is 1, so the clip range stays; so does what
+Adam's first update does not depend on (momentum, beta2). One rollout of the initial policy gives the update, a second
+one F: surrogate and value loss, unclipped, with discount and lambda at REFERENCE (a loss whose own discount moved could
+not be compared). Discount and lambda have their derivatives through the recursion of the advantages, entropy and value
+coefficient enter linearly. ``ohgw.batch_size`` counts transitions, rounded up to whole steps of all environments:
+``environments`` of them, or fewer for a rollout of 16 steps at least.
 
 Hyperparameters: lr, entropy, clip_range, gae_lambda, discount, value_coefficient, max_grad_norm, update_epochs,
 minibatches, momentum (beta1), beta2, wd, schedule (constant, cosine), warmup.
@@ -63,6 +63,7 @@ EPS = 1e-5  # Adam's
 SEED_BITS = 31  # an environment's seed is a C int
 ANY_NUMBER = 1 << 20  # of transitions that a warm start may have: they are made as they are asked for
 FLOPS_SAMPLE = 4
+SHORTEST = 16  # steps of a warm start's rollout: advantages look ahead
 
 
 # ---- networks: observations to logits (n, actions) and values (n,)
@@ -489,7 +490,7 @@ class PpoRun:
     def _experience(self, transitions: int, *name: str | int) -> Rollout:
         """A rollout of the present policy in new environments, of at least so many transitions."""
         task = self.task
-        n = min(task.n, transitions)
+        n = max(1, min(task.n, transitions // SHORTEST))
         actor = task.actor(n, self.seed, *name)
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "actions", *name))
         rollout = actor.act(self.net, math.ceil(transitions / n), generator, task.device)

@@ -63,7 +63,8 @@ def test_restored_environments_go_on_bit_for_bit(make):
     assert same(first.state(), second.state())
 
 
-def test_atari_repeats_no_more_than_the_running_episodes():
+def test_atari_repeats_no_more_than_since_an_end_of_an_episode(monkeypatch):
+    monkeypatch.setattr(environments, "RESEED", 100)
     made, generator = Atari(3, "breakout", 1), np.random.default_rng(0)
     observations, fresh, firsts = made.reset(5), np.zeros(3, bool), list[bytes]()
     for _ in range(500):
@@ -76,7 +77,8 @@ def test_atari_repeats_no_more_than_the_running_episodes():
         firsts += [observation.tobytes() for observation in observations[fresh]]
         fresh = ended
     assert len(firsts) > 5
-    assert len(set(firsts)) > 1  # every episode has its own seed
+    assert len(set(firsts)) > 1
+    assert made.state()["seeding"].min() > 0
     state = made.state()
     assert len(state["actions"]) == int(state["age"].max()) < 400
     restored = Atari(3, "breakout", 1)
@@ -86,6 +88,7 @@ def test_atari_repeats_no_more_than_the_running_episodes():
 
 def test_atari_episodes_are_limited(monkeypatch):
     monkeypatch.setattr(environments, "MAX_STEPS", 30)
+    monkeypatch.setattr(environments, "RESEED", 0)
     made = Atari(2, "pong", 1)
     rows = walk(made, made.reset(0), 90, np.random.default_rng(0))
     assert sum(int(row[3].sum()) for row in rows) >= 4
@@ -219,12 +222,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name):
 
 def test_atari_resumes_across_the_ends_of_episodes(monkeypatch):
     monkeypatch.setattr(environments, "MAX_STEPS", 11)
+    monkeypatch.setattr(environments, "RESEED", 15)
     task = build("atari_ppo")
     straight, broken = task.start(CONFIG, 1), task.start(CONFIG, 1)
     for _ in range(3):
         assert broken.train_epoch(never) == straight.train_epoch(never)
         broken = resume(task, broken)
-    assert straight.state_dict()["environments"]["episode"].min() >= 2
+    assert straight.state_dict()["environments"]["seeding"].min() >= 1
     assert same(straight.state_dict(), broken.state_dict())
 
 
@@ -341,11 +345,12 @@ def test_rollouts_of_a_warm_start_are_different_repeatable_and_of_the_size_asked
     problem = run.problem(Settings(batch_size=100))
     first, second = problem.draw(0)
     again, _ = problem.draw(0)
-    assert first.actions.numel() == 104  # 13 steps of 8
+    assert first.actions.shape == (17, 6)  # 100 rounded up
     assert torch.equal(first.observations, again.observations)
     assert not torch.equal(first.observations, second.observations)
     assert not torch.equal(first.observations, problem.draw(1)[0].observations)
-    assert run.problem(Settings(batch_size=4)).draw(0)[0].actions.shape == (1, 4)
+    assert run.problem(Settings(batch_size=4)).draw(0)[0].actions.shape == (4, 1)
+    assert run.problem(Settings(batch_size=512)).draw(0)[0].actions.shape == (64, 8)
 
 
 def test_atari_warm_starts():
