@@ -10,7 +10,6 @@ An episode that has ended is reset by the step after its last one (gymnasium's `
 ignores its action, gives no reward, and its observation is the first of the next episode.
 """
 
-import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -19,8 +18,12 @@ import numpy as np
 import torch
 
 from backends.context import UserError
+from harness.seeds import torch_seed
 
 INSTALL = "pip install 'ohgw-harness[rl]'"
+FRAMES = 4  # of an Atari game in a step
+MAX_STEPS = 15_000  # of an Atari episode: 17 minutes of play
+RESEED = 5_000  # steps
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -31,7 +34,6 @@ class Environments(Protocol):
     actions: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    steps_between_resets: int | None  # after so many steps all are to be reset; None: never
 
     def reset(self, seed: int) -> np.ndarray: ...
     def step(self, actions: np.ndarray) -> Step: ...
@@ -43,7 +45,6 @@ class Environments(Protocol):
 class CartPole:
     """gymnasium's CartPole-v1, all computed at once. Errors: UserError if gymnasium is not installed."""
 
-    steps_between_resets: int | None = None
     dtype = torch.float32
     shape: tuple[int, ...] = (4,)
     actions = 2
@@ -84,12 +85,13 @@ class Atari:
     """A game of the Arcade Learning Environment in its native vector environment (Mnih et al. 2015: 84 x 84 grey
     pixels, 4 frames stacked, every 4th seen; no sticky actions, whole episodes, rewards as the game gives them).
 
-    It cannot save its state. It is deterministic: ``restore`` repeats the actions since the last reset, which is why
-    that should be no more than ``steps_between_resets`` steps ago.
+    It cannot save its state. It is deterministic: ``restore`` repeats the actions since the last seeded reset of each
+    environment. An environment gets a new seed where an episode ends, if ``RESEED`` steps or more have passed since the
+    last one (it takes as long as 200 steps); so at most ``RESEED + MAX_STEPS`` steps, 20,000, are repeated, and no
+    episode is cut off for that.
 
     Errors: UserError if ale-py is not installed or has no such game."""
 
-    steps_between_resets: int | None = 20_000
     dtype = torch.uint8
     shape: tuple[int, ...] = (4, 84, 84)
 
@@ -102,33 +104,60 @@ class Atari:
         if game not in known:
             raise UserError(f"task.game must be one of {', '.join(known)}, not {game!r}")
         self.n = n
-        self._env = AtariVectorEnv(game, n, num_threads=threads, reward_clipping=False, noop_max=30)
+        self._env = AtariVectorEnv(game, n, num_threads=threads, reward_clipping=False, noop_max=30,
+                                   max_num_frames_per_episode=MAX_STEPS * FRAMES)  # fmt: skip
         self.actions = int(self._env.single_action_space.n)  # type: ignore[attr-defined]
-        self._seed, self._taken = 0, list[np.ndarray]()
+        self.reset(0)
 
     def reset(self, seed: int) -> np.ndarray:
-        self._seed, self._taken = seed, []
-        return self._env.reset(seed=seed)[0]
+        self._seed = seed
+        self._seeding = np.zeros(self.n, np.int64)  # how often an environment has got a new seed
+        self._age = np.zeros(self.n, np.int64)  # steps since
+        self._ended = np.zeros(self.n, bool)  # whether the running episode has
+        self._taken: list[np.ndarray] = []  # the last actions of all, as many as the largest age
+        return self._begun(~self._ended)
 
     def step(self, actions: np.ndarray) -> Step:
-        self._taken.append(actions.astype(np.uint8))
+        new = self._ended & (self._age >= RESEED)
         observations, rewards, terminated, truncated, _ = self._env.step(actions)
+        self._taken.append(actions.astype(np.uint8))
+        self._age += 1
+        self._ended = terminated | truncated
+        if new.any():
+            self._seeding[new] += 1
+            self._age[new] = 0
+            del self._taken[: len(self._taken) - self._age.max()]
+            observations = self._begun(new)
         return observations, rewards.astype(np.float32), terminated, truncated
 
     def state(self) -> dict[str, Any]:
-        """The seed, and all actions since, (steps, n)."""
+        """The seed; of every environment how often it got a new one, the steps since, whether its episode has ended;
+        the last actions of all, (steps, n)."""
         taken = np.stack(self._taken) if self._taken else np.empty((0, self.n), np.uint8)
-        return {"seed": self._seed, "actions": torch.from_numpy(taken)}
+        return {"seed": self._seed, "seeding": torch.from_numpy(self._seeding.copy()),
+                "age": torch.from_numpy(self._age.copy()), "ended": torch.from_numpy(self._ended.copy()),
+                "actions": torch.from_numpy(taken)}  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> np.ndarray:
-        observations = self.reset(state["seed"])
-        for actions in state["actions"].numpy():
-            observations = self.step(actions.astype(np.int64))[0]
+        self._seed, self._taken = state["seed"], list(state["actions"].numpy().copy())
+        self._seeding, self._age, self._ended = (state[key].numpy().copy() for key in ("seeding", "age", "ended"))
+        observations = np.empty(0)
+        for left in range(len(self._taken), -1, -1):
+            if (due := self._age == left).any():  # what others do before is of no consequence
+                observations = self._begun(due)
+            if left:
+                observations = self._env.step(self._taken[-left].astype(np.int64))[0]
         return observations
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._env.close()
+        self._env.close()
+
+    def _begun(self, which: np.ndarray) -> np.ndarray:
+        """The observations of all, once those in ``which`` (n,) have been reset with their seeds."""
+        numbers = [(i, int(self._seeding[i])) for i in which.nonzero()[0].tolist()]
+        seeds = np.array([torch_seed(self._seed, "environment", i, k) >> 32 for i, k in numbers])  # ALE's are C ints
+        options = None if which.all() else {"reset_mask": which}
+        return self._env.reset(seed=seeds, options=options)[0]
 
 
 def _imported(module: str) -> None:

@@ -17,21 +17,21 @@ The score is the mean return (of the game's own, unclipped rewards): for the sch
 validation loss is the training loss.
 
 Everything random comes from named streams of the trial's seed, the actions of a rollout from that of the block. A run
-is resumed bit for bit: CartPole keeps its state, Atari repeats the actions since its last reset, which comes at the
-first block after 20,000 steps (and cuts the running episodes off: their returns count nowhere).
+is resumed bit for bit: CartPole keeps its state, Atari repeats at most the last 20,000 steps (``environments.py``).
 
-Warm start: PPO's clip does nothing at the initial weights, where the ratio is 1, so the clip range stays. One rollout
-of the initial policy gives the update, a second one F: surrogate and value loss, unclipped, with discount and lambda at
-REFERENCE (a loss whose own discount moved could not be compared). Discount and lambda have their derivatives through
-the recursion of the advantages, entropy and value coefficient enter linearly. ``ohgw.batch_size`` counts transitions,
-rounded up to whole steps of all environments.
+Warm start: PPO's clip does nothing at the initial weights, where the ratio is 1, so the clip range stays; so does what
+Adam's first update does not depend on (momentum, beta2). One rollout of the initial policy gives the update, a second
+one F: surrogate and value loss, unclipped, with discount and lambda at REFERENCE (a loss whose own discount moved could
+not be compared). Discount and lambda have their derivatives through the recursion of the advantages, entropy and value
+coefficient enter linearly. ``ohgw.batch_size`` counts transitions, rounded up to whole steps of all environments:
+``environments`` of them, or fewer for a rollout of 16 steps at least.
 
 Hyperparameters: lr, entropy, clip_range, gae_lambda, discount, value_coefficient, max_grad_norm, update_epochs,
 minibatches, momentum (beta1), beta2, wd, schedule (constant, cosine), warmup.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +63,7 @@ EPS = 1e-5  # Adam's
 SEED_BITS = 31  # an environment's seed is a C int
 ANY_NUMBER = 1 << 20  # of transitions that a warm start may have: they are made as they are asked for
 FLOPS_SAMPLE = 4
+SHORTEST = 16  # steps of a warm start's rollout: advantages look ahead
 
 
 # ---- networks: observations to logits (n, actions) and values (n,)
@@ -187,22 +188,28 @@ class Actor:
         self.finished: list[float] = []
 
     @torch.no_grad()
-    def act(self, net: Any, steps: int, generator: torch.Generator, device: torch.device) -> Rollout:
-        """A rollout of ``steps`` steps. The values and probabilities are computed of all steps at once afterwards."""
-        n, kind = self.environments.n, next(net.parameters()).dtype
-        noise = torch.empty(steps, n, self.environments.actions).exponential_(generator=generator)
-        seen, taken = [self.observations], []
-        rows: list[tuple[np.ndarray, ...]] = []
+    def play(
+        self, net: Any, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """(actions, rewards, terminated, ended, counts), each (n,), of ``steps`` steps, as they are made."""
+        kind = next(net.parameters()).dtype
+        noise = torch.empty(steps, self.environments.n, self.environments.actions).exponential_(generator=generator)
         for draw in noise.to(device, kind):
             logits = net.logits(_on(self.observations, device, kind))
             actions = (logits.softmax(-1) / draw).argmax(-1).cpu().numpy()  # a race of exponentials: drawn by softmax
-            rows.append((*self._step(actions),))
+            yield actions, *self._step(actions)
+
+    @torch.no_grad()
+    def act(self, net: Any, steps: int, generator: torch.Generator, device: torch.device) -> Rollout:
+        """A rollout of ``steps`` steps. The values and probabilities are computed of all steps at once afterwards."""
+        n, kind = self.environments.n, next(net.parameters()).dtype
+        seen, rows = [self.observations], []
+        for row in self.play(net, steps, generator, device):
+            rows.append(row)
             seen.append(self.observations)
-            taken.append(actions)
         sides = (torch.from_numpy(np.stack(side)).to(device) for side in zip(*rows, strict=True))
-        rewards, terminated, ended, counts = sides
+        chosen, rewards, terminated, ended, counts = sides
         observations = _on(np.stack(seen), device, kind)
-        chosen = torch.from_numpy(np.stack(taken)).to(device)
         logits, values = net(observations.flatten(0, 1))
         log_p = F.log_softmax(logits, dim=-1).view(steps + 1, n, -1)[:-1]
         log_p = log_p.gather(2, chosen[..., None]).squeeze(2)
@@ -359,10 +366,9 @@ class PpoRun:
 
     def __init__(self, task: PpoTask, config: Mapping[str, Any], seed: int):
         torch.backends.cudnn.deterministic = True
-        self.task, self.seed, self.epoch, self.segment = task, seed, 0, 0
+        self.task, self.seed, self.epoch = task, seed, 0
         self.net = task.network(seed)
         self._actor: Actor | None = None  # begins with the first rollout
-        self.steps = 0  # since the environments were reset
         self.returns: list[float] = []  # of the last training episodes
         self.loss = 0.0
         self.reconfigure(config)
@@ -375,7 +381,7 @@ class PpoRun:
     @property
     def actor(self) -> Actor:
         if self._actor is None:
-            self._actor = self.task.actor(self.task.n, self.seed, "train", self.segment)
+            self._actor = self.task.actor(self.task.n, self.seed, "train")
         return self._actor
 
     def train_epoch(self, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
@@ -403,13 +409,8 @@ class PpoRun:
     def _block(self, number: int) -> Tensor:
         """A rollout and the updates on it; their mean loss."""
         task, config = self.task, self.config
-        limit = self.actor.environments.steps_between_resets
-        if limit is not None and self.steps >= limit:
-            self.actor.environments.close()
-            self.segment, self.steps, self._actor = self.segment + 1, 0, None
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "actions", number))
         rollout = task.shown(self.actor.act(self.net, task.rollout, generator, task.device))
-        self.steps += task.rollout
         self.returns += self.actor.finished
         self.actor.finished = []
         batch = transitions(rollout, config["discount"], config["gae_lambda"])
@@ -443,19 +444,12 @@ class PpoRun:
         task = self.task
         actor = task.actor(task.n, self.seed, "test", self.epoch)
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "test", self.epoch))
-        returns = np.full(task.n, np.nan)
-        steps = min(task.rollout, task.evaluation_steps)
-        for done in range(0, task.evaluation_steps, steps):
-            running = actor.returns.copy()
-            rollout = actor.act(self.net, min(steps, task.evaluation_steps - done), generator, task.device)
-            gained = rollout.rewards.double().cpu().numpy().cumsum(0) + running
-            ended = rollout.ended.cpu().numpy()
-            first = np.isnan(returns) & ended.any(0)
-            returns[first] = gained[ended.argmax(0), np.arange(task.n)][first]
-            if not np.isnan(returns).any():
+        returns, running = np.zeros(task.n), np.ones(task.n, bool)
+        for _, rewards, _, ended, _ in actor.play(self.net, task.evaluation_steps, generator, task.device):
+            returns += np.where(running, rewards, 0.0)
+            running &= ~ended
+            if not running.any():
                 break
-        unfinished = np.isnan(returns)
-        returns[unfinished] = actor.returns[unfinished]
         actor.environments.close()
         return float(returns.mean())
 
@@ -496,7 +490,7 @@ class PpoRun:
     def _experience(self, transitions: int, *name: str | int) -> Rollout:
         """A rollout of the present policy in new environments, of at least so many transitions."""
         task = self.task
-        n = min(task.n, transitions)
+        n = max(1, min(task.n, transitions // SHORTEST))
         actor = task.actor(n, self.seed, *name)
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "actions", *name))
         rollout = actor.act(self.net, math.ceil(transitions / n), generator, task.device)
@@ -507,12 +501,12 @@ class PpoRun:
         """Weights, the optimiser, the environments and the returns; hyperparameters belong to the configuration."""
         actor = self.actor
         return {"epoch": self.epoch, "net": self.net.state_dict(), "optimizer": self.optimizer.state,
-                "environments": actor.environments.state(), "segment": self.segment, "steps": self.steps,
+                "environments": actor.environments.state(),
                 "fresh": torch.from_numpy(actor.fresh.copy()), "running": torch.from_numpy(actor.returns.copy()),
                 "returns": list(self.returns), "loss": self.loss}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.segment, self.steps = state["epoch"], state["segment"], state["steps"]
+        self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
         for tensor, saved in zip(self.optimizer.state, state["optimizer"], strict=True):
             tensor.copy_(saved)

@@ -14,7 +14,7 @@ import yaml
 from backends.context import TrialFailed, UserError
 from harness.ohgw import Settings, lookahead, lookahead_objective
 from harness.ohgw.coordinates import Coordinate
-from harness.seeds import rng
+from harness.seeds import rng, torch_seed
 from harness.space import Float, Space
 from harness.tasks import environments, load_task, rl
 from harness.tasks.environments import Atari, CartPole
@@ -61,6 +61,39 @@ def test_restored_environments_go_on_bit_for_bit(make):
         for a, b in zip(mine, other, strict=True):
             assert np.array_equal(a, b)
     assert same(first.state(), second.state())
+
+
+def test_atari_repeats_no_more_than_since_an_end_of_an_episode(monkeypatch):
+    monkeypatch.setattr(environments, "RESEED", 100)
+    made, generator = Atari(3, "breakout", 1), np.random.default_rng(0)
+    observations, fresh, firsts = made.reset(5), np.zeros(3, bool), list[bytes]()
+    for _ in range(500):
+        previous = observations
+        observations, rewards, terminated, truncated = made.step(generator.integers(0, made.actions, 3))
+        ended = terminated | truncated
+        assert not rewards[fresh].any()
+        assert not ended[fresh].any()
+        assert np.array_equal(observations[~fresh, 0], previous[~fresh, 1])  # the other games' frames move on
+        firsts += [observation.tobytes() for observation in observations[fresh]]
+        fresh = ended
+    assert len(firsts) > 5
+    assert len(set(firsts)) > 1
+    assert made.state()["seeding"].min() > 0
+    state = made.state()
+    assert len(state["actions"]) == int(state["age"].max()) < 400
+    restored = Atari(3, "breakout", 1)
+    assert np.array_equal(restored.restore(state), observations)
+    assert same(restored.state(), state)
+
+
+def test_atari_episodes_are_limited(monkeypatch):
+    monkeypatch.setattr(environments, "MAX_STEPS", 30)
+    monkeypatch.setattr(environments, "RESEED", 0)
+    made = Atari(2, "pong", 1)
+    rows = walk(made, made.reset(0), 90, np.random.default_rng(0))
+    assert sum(int(row[3].sum()) for row in rows) >= 4
+    assert not any(row[2].any() for row in rows)
+    assert len(made.state()["actions"]) <= 31
 
 
 @pytest.mark.parametrize("make", [lambda: CartPole(3), lambda: Atari(2, "breakout", 1)], ids=["cartpole", "atari"])
@@ -149,7 +182,7 @@ def test_actions_are_drawn_from_the_policy():
     logits = net(rollout.observations[:-1].flatten(0, 1))[0]
     expected = float(logits.detach().softmax(-1)[:, 1].mean())
     assert float(rollout.actions.float().mean()) == pytest.approx(expected, abs=0.015)
-    chosen = logits.log_softmax(-1).gather(1, rollout.actions.flatten()[:, None]).flatten()
+    chosen = logits.detach().log_softmax(-1).gather(1, rollout.actions.flatten()[:, None]).flatten()
     torch.testing.assert_close(rollout.log_p.flatten(), chosen)
 
 
@@ -187,16 +220,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name):
     assert same(straight.state_dict(), broken.state_dict())
 
 
-def test_atari_is_reset_when_its_record_grows_long(monkeypatch):
-    monkeypatch.setattr(Atari, "steps_between_resets", 16)
+def test_atari_resumes_across_the_ends_of_episodes(monkeypatch):
+    monkeypatch.setattr(environments, "MAX_STEPS", 11)
+    monkeypatch.setattr(environments, "RESEED", 15)
     task = build("atari_ppo")
     straight, broken = task.start(CONFIG, 1), task.start(CONFIG, 1)
     for _ in range(3):
         assert broken.train_epoch(never) == straight.train_epoch(never)
         broken = resume(task, broken)
-    assert straight.segment == 2
-    assert len(straight.state_dict()["environments"]["actions"]) == 16
+    assert straight.state_dict()["environments"]["seeding"].min() >= 1
     assert same(straight.state_dict(), broken.state_dict())
+
+
+def test_the_test_score_is_the_mean_return_of_the_first_episodes():
+    task = build()
+    run = task.start(CONFIG, 4)
+    run.train_epoch(never)
+    actor = task.actor(task.n, 4, "test", 1)
+    rollout = actor.act(
+        run.net, task.evaluation_steps, torch.Generator().manual_seed(torch_seed(4, "test", 1)), task.device
+    )
+    ends = [int(ended.nonzero()[0]) for ended in rollout.ended.T]
+    expected = np.mean([float(rewards[: end + 1].sum()) for rewards, end in zip(rollout.rewards.T, ends, strict=True)])
+    assert run.evaluate("test")["score"] == pytest.approx(expected)
+    short = build(evaluation_steps=5).start(CONFIG, 4)
+    assert short.evaluate("test")["score"] == 5.0  # of episodes that go on, what they have
 
 
 def test_the_test_episodes_disturb_nothing_and_are_the_same_every_time():
@@ -297,11 +345,12 @@ def test_rollouts_of_a_warm_start_are_different_repeatable_and_of_the_size_asked
     problem = run.problem(Settings(batch_size=100))
     first, second = problem.draw(0)
     again, _ = problem.draw(0)
-    assert first.actions.numel() == 104  # 13 steps of 8
+    assert first.actions.shape == (17, 6)  # 100 rounded up
     assert torch.equal(first.observations, again.observations)
     assert not torch.equal(first.observations, second.observations)
     assert not torch.equal(first.observations, problem.draw(1)[0].observations)
-    assert run.problem(Settings(batch_size=4)).draw(0)[0].actions.shape == (1, 4)
+    assert run.problem(Settings(batch_size=4)).draw(0)[0].actions.shape == (4, 1)
+    assert run.problem(Settings(batch_size=512)).draw(0)[0].actions.shape == (64, 8)
 
 
 def test_atari_warm_starts():
