@@ -470,5 +470,5 @@ def test_the_command_trains_and_warm_starts(name, text_file, tmp_path, harness):
     records = [json.loads(line) for path in tmp_path.glob("results/*/*normalized*/trials.jsonl")
                for line in path.read_text().splitlines()]  # fmt: skip
     assert records
-    assert all(record["warm_start"]["estimator"] == "lookahead" for record in records)
-    assert all("dropout" in record["warm_start"]["gradient"] for record in records)
+    assert all(record["estimator"] == "lookahead" for record in records)
+    assert all("dropout" in record["gradient"] for record in records)

@@ -180,7 +180,7 @@ def test_the_batch_script_finds_partition_and_account_of_its_own_job(cluster, tm
 
 
 def test_status_and_cancel_are_about_the_cells_of_the_command(cluster, study):
-    words = ["ohgw=off", LONG, "launch.array_limit=2"]
+    words = ["ohgw=off", "budget.epochs=5000", "launch.array_limit=2"]  # none ends before the test does
     study.submit(*words, "seed=0..4")
     wait_until(lambda: study.reports(0) > 0 and study.reports(1) > 0, 90)
     states = study.states(*words, "seed=0..5")
@@ -397,7 +397,7 @@ def test_a_run_that_slurm_has_given_up_leaves_the_cell_to_the_next(cluster, stud
 
 
 def test_a_real_time_limit(cluster, study, harness, tmp_path):
-    words = ["seed=0", "ohgw=on", "budget.epochs=3000", "launch.report=false", "launch.time=1"]
+    words = ["seed=0", "ohgw=on", "budget.epochs=100000", "launch.report=false", "launch.time=1"]
     study.submit(*words, "launch.signal_seconds=30")
     wait_until(lambda: tasks("RUNNING"), 60)
     (task,) = tasks("RUNNING")
